@@ -1,0 +1,80 @@
+"""π0's sampler, cut in two where the noise enters: one prefix pass, then denoising from K noises behind it.
+
+The same operations in the same order as ``PI0ForConditionalGeneration.sample_actions``
+(transformers/models/pi0/modeling_pi0.py), so that K = 1 is bit-equal to it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from einops import rearrange, repeat
+
+
+def prefix(model: Any, inputs: dict[str, torch.Tensor]) -> tuple[Any, torch.Tensor]:
+    """Run the vision-language model once; return its KV cache and hidden states (B, T, width)."""
+    mask = inputs["attention_mask"]
+    embeds = model.model.embed_prefix(inputs["input_ids"], inputs["pixel_values"], inputs["pixel_attention_mask"])
+    output = model.model.vlm(
+        inputs_embeds=embeds,
+        attention_mask=mask,
+        position_ids=mask.cumsum(-1) - 1,
+        token_type_ids=torch.zeros_like(embeds)[:, :, 0],
+        use_cache=True,
+    )
+    return output.past_key_values, output.last_hidden_state
+
+
+def pool(hidden: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Mean over the tokens that are not padding: (B, T, width) -> float32 (B, width)."""
+    weight = mask.to(hidden.device, torch.float32).unsqueeze(-1)
+    return (hidden.float() * weight).sum(1) / weight.sum(1)
+
+
+def fan_out(cache: Any, count: int) -> Any:
+    """A new cache holding every row `count` times; the old one is untouched and shares storage when count = 1."""
+    from transformers import DynamicCache
+
+    layers = [(layer.keys, layer.values) for layer in cache.layers]
+    if count > 1:
+        layers = [tuple(x.repeat_interleave(count, 0) for x in layer) for layer in layers]
+    fresh = DynamicCache()
+    for index, (keys, values) in enumerate(layers):
+        fresh.update(keys, values, index)
+    return fresh
+
+
+def denoise(model: Any, inputs: dict[str, torch.Tensor], cache: Any, noise: torch.Tensor, steps: int) -> torch.Tensor:
+    """Integrate the flow from noise (B, K, H, D) to normalised actions (B, K, H, D), all behind one prefix."""
+    batch, count = noise.shape[:2]
+    per_noise = {key: inputs[key].repeat_interleave(count, 0) if count > 1 else inputs[key] for key in _SUFFIX}
+    cache = fan_out(cache, count)
+    length = cache.get_seq_length()
+    x = rearrange(noise, "b k h d -> (b k) h d").to(inputs["state"].dtype)
+    dt = -1.0 / steps
+    for step in range(steps):
+        time = torch.full((batch * count,), 1.0 + step * dt, dtype=torch.float32, device=x.device)
+        velocity = model(noise=x, timestep=time, past_key_values=cache, **per_noise).logits
+        cache.crop(length - cache.get_seq_length())
+        x = x + dt * velocity
+    return rearrange(x, "(b k) h d -> b k h d", b=batch)
+
+
+_SUFFIX = ("state", "attention_mask", "pixel_attention_mask")
+
+
+def flow_loss(model: Any, inputs: dict[str, torch.Tensor], actions: torch.Tensor, draws: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """π0's flow-matching loss with `draws` noises and times behind one prefix.
+
+    Args:
+        actions: (B, H, D) normalised and padded.
+
+    Returns:
+        The mean loss, and the prefix's pooled feature (B, width), both with gradients.
+    """
+    cache, hidden = prefix(model, inputs)
+    per_draw = {key: inputs[key].repeat_interleave(draws, 0) for key in _SUFFIX}
+    target = repeat(actions, "b h d -> (b k) h d", k=draws)
+    loss = model(actions=target, past_key_values=fan_out(cache, draws), **per_draw).loss
+    return loss.mean(), pool(hidden, inputs["attention_mask"])

@@ -1,0 +1,139 @@
+"""``transformers:<repo or folder>[@revision]``: π0 as `transformers` ships it (``PI0ForConditionalGeneration``).
+
+One prefix pass per decision, any number of noises behind it. Loads safetensors only and never runs a
+repository's code.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dsrl_vla.errors import bad, missing_extra
+from dsrl_vla.noise import NoiseSpace
+from dsrl_vla.observation import Observations, ObservationSpec
+from dsrl_vla.policy import Encoding, FrozenPolicy, PolicySpec
+
+from . import pi0_sampling
+from .pi0_processing import Pi0Processing, Pi0Statistics
+from .refusals import refuse_unsteerable
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+_FILES = ("*.json", "*.safetensors", "*.model", "*.txt")
+
+
+@dataclass(frozen=True)
+class _Context:
+    inputs: dict[str, torch.Tensor]
+    cache: Any
+
+
+class TransformersPi0(FrozenPolicy):
+    """A frozen ``PI0ForConditionalGeneration`` with its processing."""
+
+    def __init__(self, model: Any, processing: Pi0Processing, *, uri: str, repo_id: str = "", revision: str = ""):
+        self.model = model.eval().requires_grad_(False)
+        self.processing = processing
+        config, stats = model.config, processing.statistics
+        executed = stats.executed_steps or config.chunk_size
+        if not 1 <= executed <= config.chunk_size:
+            raise bad("executed_steps", f"1 to the chunk's {config.chunk_size} steps", executed)
+        actions = len(stats.actions_mean)
+        self.spec = PolicySpec(
+            uri=uri,
+            adapter="transformers",
+            noise=NoiseSpace(
+                config.chunk_size,
+                config.max_action_dim,
+                live=tuple(column < actions for column in range(config.max_action_dim)),
+            ),
+            observation=ObservationSpec(len(stats.state_mean), dict.fromkeys(stats.cameras), prompt=True),
+            action_dim=actions,
+            executed_steps=executed,
+            sampler_steps=config.num_inference_steps,
+            feature_dim=config.vlm_config.text_config.hidden_size,
+            dtype=str(model.dtype).removeprefix("torch."),
+            repo_id=repo_id,
+            revision=revision,
+        )
+
+    def _encode(self, observations: Observations, batch: int) -> Encoding:
+        inputs = self.processing(observations, self.model.device, self.model.dtype)
+        cache, hidden = pi0_sampling.prefix(self.model, inputs)
+        feature = pi0_sampling.pool(hidden, inputs["attention_mask"])
+        return Encoding(batch, feature, _Context(inputs, cache))
+
+    def _denoise(self, encoding: Encoding, noise: torch.Tensor) -> torch.Tensor:
+        context: _Context = encoding.context
+        noise = noise.to(self.model.device)
+        chunk = pi0_sampling.denoise(self.model, context.inputs, context.cache, noise, self.spec.sampler_steps)
+        return self.processing.actions(chunk)
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        return self.model.state_dict()
+
+
+def load(
+    source: str,
+    *,
+    dtype: str = "float32",
+    device: str = "cpu",
+    statistics: dict[str, Any] | None = None,
+    uri: str = "",
+) -> TransformersPi0:
+    """Load from a folder, or from the Hub as ``repo/name`` or ``repo/name@revision``.
+
+    Args:
+        dtype: float32 or bfloat16.
+        statistics: keys of `Pi0Statistics` that the checkpoint's own ``processor_config.json`` lacks.
+
+    Raises:
+        NotSteerableError: the checkpoint is of a policy that cannot be steered.
+        DsrlError: no such folder or repository, unknown dtype, missing statistics.
+        MissingExtraError: transformers is not installed, or older than 5.4.
+    """
+    if dtype not in DTYPES:
+        raise bad("base.dtype", " or ".join(DTYPES), f"'{dtype}'")
+    folder, repo_id, revision = _resolve(source)
+    config = _read_config(folder, source)
+    refuse_unsteerable(source, config)
+    if config.get("model_type") != "pi0":
+        raise bad(f"{source}/config.json", "model_type 'pi0'", f"'{config.get('model_type')}'")
+    try:
+        from transformers import AutoTokenizer, PI0ForConditionalGeneration
+    except ImportError as error:
+        raise missing_extra("transformers>=5.4", "transformers", "the adapter 'transformers:'") from error
+    model = PI0ForConditionalGeneration.from_pretrained(folder, dtype=DTYPES[dtype], use_safetensors=True)
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    processing = Pi0Processing(Pi0Statistics.load(folder, statistics), tokenizer, model.config.max_state_dim)
+    return TransformersPi0(
+        model.to(device), processing, uri=uri or f"transformers:{source}", repo_id=repo_id, revision=revision
+    )
+
+
+def _resolve(source: str) -> tuple[Path, str, str]:
+    """Return (folder, repo id, resolved revision); downloads from the Hub when `source` is not a folder."""
+    folder = Path(source).expanduser()
+    if folder.is_dir():
+        return folder, "", ""
+    repo_id, _, revision = source.partition("@")
+    if source.startswith((".", "/", "~")) or repo_id.count("/") != 1:
+        raise bad("base", "an existing folder or a Hub repository 'owner/name[@revision]'", f"'{source}'")
+    from huggingface_hub import snapshot_download
+
+    try:
+        path = Path(snapshot_download(repo_id, revision=revision or None, allow_patterns=list(_FILES)))
+    except Exception as error:
+        raise bad("base", f"a repository '{repo_id}' that can be fetched or is in the cache", f"{error}") from error
+    return path, repo_id, path.name
+
+
+def _read_config(folder: Path, source: str) -> dict[str, Any]:
+    path = folder / "config.json"
+    if not path.exists():
+        raise bad(f"base '{source}'", "a config.json", "none in that folder")
+    return json.loads(path.read_text())

@@ -1,0 +1,36 @@
+"""Plug-ins by entry point, so that another distribution can add an adapter or a task family."""
+
+from __future__ import annotations
+
+from importlib import metadata
+from typing import Any
+
+from .errors import DsrlError, unknown
+
+
+def names(group: str) -> dict[str, str]:
+    """The registered names of a group: name -> import path.
+
+    Raises:
+        DsrlError: two distributions claim one name.
+    """
+    found: dict[str, str] = {}
+    for point in metadata.entry_points(group=group):
+        if found.setdefault(point.name, point.value) != point.value:
+            raise DsrlError(
+                f"entry point '{point.name}' of group '{group}': expected one owner, got '{found[point.name]}' "
+                f"and '{point.value}'. Uninstall one of the two distributions."
+            )
+    return found
+
+
+def load(group: str, kind: str, name: str) -> Any:
+    """Import what is registered as `name`.
+
+    Raises:
+        UnknownNameError: nothing is; names the nearest one.
+    """
+    known = names(group)
+    if name not in known:
+        raise unknown(kind, name, known)
+    return next(iter(metadata.entry_points(group=group, name=name))).load()

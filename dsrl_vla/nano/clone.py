@@ -1,0 +1,121 @@
+"""Behaviour cloning of a nano π0 on demonstrations: flow matching, as the real one is trained."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..adapters.pi0_processing import Pi0Processing, Pi0Statistics
+from ..adapters.pi0_sampling import flow_loss
+from ..observation import IMAGE_PREFIX, PROMPT, STATE
+from ..tasks.metaworld import CAMERA, prompts
+from .demos import Demos
+from .model import NanoConfig, build_model, build_tokenizer
+
+
+@dataclass(frozen=True)
+class CloneConfig:
+    """How a nano base is cloned."""
+
+    steps: int = 5000
+    batch: int = 64
+    draws: int = 4
+    """Noises and flow times behind every prefix."""
+    lr: float = 1e-3
+    weight_decay: float = 1e-4
+    wait_share: float = 0.15
+    """Share of samples whose prompt is another task's; their demonstration is to hold still. The prompt is
+    then needed: a policy that reads the task off the scene alone gets these wrong."""
+    sight_weight: float = 0.3
+    """Weight of an auxiliary loss, dropped after training, that asks the prefix where object and goal are."""
+    seed: int = 0
+
+
+def statistics(demos: Demos, config: NanoConfig) -> Pi0Statistics:
+    """Normalisation from the demonstrations; a column that never varies keeps a deviation of 1."""
+
+    def moments(values: np.ndarray) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        std = values.std(0)
+        std[std < 1e-3] = 1.0
+        return tuple(map(float, values.mean(0).round(6))), tuple(map(float, std.round(6)))
+
+    state_mean, state_std = moments(demos.states)
+    actions_mean, actions_std = moments(demos.actions)
+    return Pi0Statistics(
+        cameras=(CAMERA,),
+        image_size=config.image_size,
+        image_seq_length=config.image_tokens,
+        state_mean=state_mean,
+        state_std=state_std,
+        actions_mean=actions_mean,
+        actions_std=actions_std,
+        max_length=config.prompt_tokens,
+    )
+
+
+class _Sampler:
+    """Draws training batches: observation, chunk, and where things are."""
+
+    def __init__(self, demos: Demos, chunk: int, wait_share: float, rng: np.random.Generator):
+        self.demos, self.chunk, self.wait_share, self.rng = demos, chunk, wait_share, rng
+
+    def __call__(self, size: int) -> tuple[dict[str, Any], torch.Tensor, torch.Tensor]:
+        d, rng = self.demos, self.rng
+        rows = rng.integers(len(d), size=size)
+        ahead = np.minimum(rows[:, None] + np.arange(self.chunk), d.last[rows][:, None])
+        actions, task = d.actions[ahead], d.task[rows].copy()
+        wait = (rng.random(size) < self.wait_share) & (len(d.prompts) > 1)
+        task[wait] = (task[wait] + rng.integers(1, max(2, len(d.prompts)), wait.sum())) % len(d.prompts)
+        actions[wait, :, :3] = 0.0
+        actions[wait, :, 3] = actions[wait, :1, 3]
+        observations = {
+            IMAGE_PREFIX + CAMERA: d.images[rows],
+            STATE: d.states[rows],
+            PROMPT: [d.prompts[i] for i in task],
+        }
+        return observations, torch.from_numpy(actions), torch.from_numpy(d.objects[rows])
+
+
+def clone(
+    demos: Demos,
+    config: CloneConfig,
+    sizes: NanoConfig,
+    on_step: Callable[[int, dict[str, float]], None] = lambda *_: None,
+) -> tuple[Any, Any, Pi0Statistics]:
+    """Clone a nano base; return (model, tokenizer, statistics). Deterministic on one thread."""
+    torch.manual_seed(config.seed)
+    stats = statistics(demos, sizes)
+    tokenizer = build_tokenizer(prompts().values())
+    model = build_model(sizes, len(tokenizer), tokenizer.convert_tokens_to_ids("<image>")).train()
+    processing = Pi0Processing(stats, tokenizer, sizes.max_state_dim)
+    sight = torch.nn.Linear(sizes.vlm_width, demos.objects.shape[1])
+    centre, spread = demos.objects.mean(0), demos.objects.std(0) + 1e-3
+    parameters = [*model.parameters(), *sight.parameters()]
+    optimizer = torch.optim.AdamW(parameters, lr=config.lr, weight_decay=config.weight_decay)
+    warm = torch.optim.lr_scheduler.LinearLR(optimizer, 0.05, 1.0, min(100, max(1, config.steps // 10)))
+    cool = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(1, config.steps))
+    schedule = torch.optim.lr_scheduler.ChainedScheduler([warm, cool])
+    sample = _Sampler(demos, sizes.chunk, config.wait_share, np.random.default_rng(config.seed))
+    for step in range(config.steps):
+        observations, actions, objects = sample(config.batch)
+        inputs = processing(observations, torch.device("cpu"), torch.float32)
+        target = processing.normalise_actions(actions, sizes.max_action_dim)
+        flow, feature = flow_loss(model, inputs, target, config.draws)
+        where = (objects - torch.from_numpy(centre)) / torch.from_numpy(spread)
+        see = torch.nn.functional.mse_loss(sight(feature), where)
+        optimizer.zero_grad(set_to_none=True)
+        (flow + config.sight_weight * see).backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        schedule.step()
+        on_step(step + 1, {"flow_loss": float(flow.detach()), "sight_loss": float(see.detach())})
+    return model.eval(), tokenizer, stats
+
+
+def describe(config: CloneConfig, sizes: NanoConfig) -> dict[str, Any]:
+    """What a model card says of how the base was cloned."""
+    return {"clone": asdict(config), "sizes": asdict(sizes)}

@@ -1,0 +1,179 @@
+"""The contract an adapter fulfils, and a policy with a steering head on it.
+
+A decision is ``encode -> head -> denoise``: one pass over images and prompt, a look at it by the head, and the
+sampler run from the noise the head picked. The base is frozen: nothing here or below changes a weight.
+"""
+
+from __future__ import annotations
+
+import abc
+import contextlib
+import hashlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from .errors import bad
+from .noise import NoiseSpace, generators
+from .observation import PROMPT, Observations, ObservationSpec, unsqueeze
+
+if TYPE_CHECKING:
+    from .head import SteeringHead
+    from .tasks.base import TaskInfo
+
+
+@dataclass(frozen=True)
+class PolicySpec:
+    """What a base is, as far as steering is concerned."""
+
+    uri: str
+    """How to load it again."""
+    adapter: str
+    noise: NoiseSpace
+    observation: ObservationSpec
+    action_dim: int
+    executed_steps: int
+    """Steps of a chunk executed before the next decision; at most the noise's horizon."""
+    sampler_steps: int
+    feature_dim: int
+    """Width of the pooled prefix feature; 0 for a black box."""
+    dtype: str
+    repo_id: str = ""
+    revision: str = ""
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """What one prefix pass leaves behind. Owned by the base that made it; opaque but for the feature."""
+
+    batch: int
+    feature: torch.Tensor | None
+    """Pooled hidden state of the prefix, float32 (B, F); None for a black box."""
+    context: Any
+    """KV cache and whatever else `denoise` needs."""
+
+
+class FrozenPolicy(abc.ABC):
+    """A pretrained policy whose sampler's initial noise can be chosen.
+
+    Subclasses implement `_encode` and `_denoise`; the checks around them are here, so that no adapter can
+    forget one. Same observation and same noise give the same action.
+    """
+
+    spec: PolicySpec
+
+    def encode(self, observations: Observations) -> Encoding:
+        """Run the prefix once over a batch.
+
+        Args:
+            observations: see `dsrl_vla.observation`; batched with a leading B.
+
+        Raises:
+            DsrlError: the batch is not as `spec.observation` declares; names the field.
+        """
+        batch = self.spec.observation.check(observations)
+        with torch.no_grad():
+            return self._encode(observations, batch)
+
+    def denoise(self, encoding: Encoding, noise: torch.Tensor) -> torch.Tensor:
+        """Run the sampler from K noises per observation, all behind the same prefix.
+
+        Args:
+            noise: float32 (B, K, H, D), in the base's own normalised space.
+
+        Returns:
+            float32 (B, K, H, A) on the CPU, in environment units.
+        """
+        self.spec.noise.check(noise, encoding.batch)
+        with torch.no_grad():
+            return self._denoise(encoding, noise).float().cpu()
+
+    def act(self, observation: Mapping[str, Any], *, seed: int) -> torch.Tensor:
+        """The base's own behaviour for a single observation: noise from its prior, drawn from `seed`.
+
+        Returns:
+            float32 (executed_steps, A), in environment units.
+        """
+        noise = self.spec.noise.sample(generators([seed]))
+        return self.denoise(self.encode(unsqueeze(observation)), noise)[0, 0, : self.spec.executed_steps]
+
+    @abc.abstractmethod
+    def _encode(self, observations: Observations, batch: int) -> Encoding: ...
+
+    @abc.abstractmethod
+    def _denoise(self, encoding: Encoding, noise: torch.Tensor) -> torch.Tensor: ...
+
+    @abc.abstractmethod
+    def state_dict(self) -> Mapping[str, torch.Tensor]:
+        """The frozen weights; empty for a black box."""
+
+    def sha256(self) -> str:
+        """Hash of every weight, in name order: the proof that training left the base alone."""
+        digest = hashlib.sha256()
+        for name, tensor in sorted(self.state_dict().items()):
+            digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
+            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()
+
+    def check_task(self, task: TaskInfo) -> None:
+        """Refuse a task this base does not fit.
+
+        Raises:
+            DsrlError: action width, state width or cameras differ.
+        """
+        if task.action_dim != self.spec.action_dim:
+            raise bad(f"task {task.uri}", f"actions of width {self.spec.action_dim}", task.action_dim)
+        if task.state_dim != self.spec.observation.state_dim:
+            raise bad(f"task {task.uri}", f"a state of width {self.spec.observation.state_dim}", task.state_dim)
+        for name, shape in self.spec.observation.cameras.items():
+            if name not in task.cameras:
+                raise bad(f"task {task.uri}", f"a camera '{name}'", ", ".join(task.cameras) or "no camera")
+            if shape is not None and tuple(task.cameras[name]) != tuple(shape):
+                raise bad(f"task {task.uri}, camera '{name}'", f"{shape}", task.cameras[name])
+
+
+class SteeredPolicy:
+    """A frozen base with a steering head.
+
+    >>> policy = SteeredPolicy(base, head)
+    >>> chunk = policy.act(observation, seed=0)          # (executed_steps, A)
+    >>> with policy.disabled():
+    ...     same_as_base = policy.act(observation, seed=0)   # bit for bit base.act(observation, seed=0)
+    """
+
+    def __init__(self, base: FrozenPolicy, head: SteeringHead):
+        head.check_base(base.spec)
+        self.base, self.head = base, head.eval()
+        self.enabled = True
+
+    def act(self, observation: Mapping[str, Any], *, seed: int = 0, deterministic: bool = True) -> torch.Tensor:
+        """Act on a single observation.
+
+        Args:
+            seed: of the head's sample (when not deterministic) and of the base's own noise (when disabled).
+
+        Returns:
+            float32 (executed_steps, A), in environment units.
+        """
+        if not self.enabled:
+            return self.base.act(observation, seed=seed)
+        observations = unsqueeze(observation)
+        encoding = self.base.encode(observations)
+        noise = self.head.noise(observations, encoding, None if deterministic else generators([seed]))
+        return self.base.denoise(encoding, noise)[0, 0, : self.base.spec.executed_steps]
+
+    @contextlib.contextmanager
+    def disabled(self) -> Iterator[SteeredPolicy]:
+        """Within this context the policy is its base, bit for bit."""
+        before, self.enabled = self.enabled, False
+        try:
+            yield self
+        finally:
+            self.enabled = before
+
+    @property
+    def prompt_key(self) -> str:
+        """Where the prompt is in an observation."""
+        return PROMPT

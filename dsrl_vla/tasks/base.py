@@ -1,0 +1,117 @@
+"""What a task is: an environment that speaks LeRobot's observation dictionary, and its chunked form.
+
+A task steps cheaply (`advance`) and is looked at seldom (`observe`): a policy that executes chunks of k
+actions needs one image per chunk, and rendering is most of the cost of a simulated step.
+"""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+
+from ..errors import bad
+from ..observation import IMAGE_PREFIX, STATE
+
+
+@dataclass(frozen=True)
+class TaskInfo:
+    """The public face of a task: what a base must accept and produce to be run on it."""
+
+    uri: str
+    prompt: str
+    max_episode_steps: int
+    state_dim: int
+    action_dim: int
+    cameras: Mapping[str, tuple[int, int, int]] = field(default_factory=dict)
+
+
+class TaskEnv(gym.Env, abc.ABC):
+    """A single-task environment.
+
+    Observations: ``observation.images.<camera>`` uint8 (H, W, 3), ``observation.state`` float32 (S,).
+    The prompt is constant and lives in `info.prompt`. Actions: float32 (A,) in environment units.
+    An episode is a function of its seed alone: ``begin(seed)`` twice gives the same episode.
+    """
+
+    info: TaskInfo
+
+    @abc.abstractmethod
+    def begin(self, seed: int) -> None:
+        """Start the episode that `seed` names."""
+
+    @abc.abstractmethod
+    def advance(self, action: np.ndarray) -> tuple[float, bool, bool]:
+        """Execute one action (A,); return (reward, success, terminated). No observation is made."""
+
+    @abc.abstractmethod
+    def observe(self) -> dict[str, np.ndarray]:
+        """Observe the present state (renders the cameras)."""
+
+    @abc.abstractmethod
+    def frame(self, size: int = 256) -> np.ndarray:
+        """A picture for people, uint8 (size, size, 3)."""
+
+    def _build_spaces(self) -> None:
+        spaces: dict[str, gym.Space] = {
+            IMAGE_PREFIX + name: gym.spaces.Box(0, 255, shape, np.uint8)
+            for name, shape in self.info.cameras.items()
+        }
+        spaces[STATE] = gym.spaces.Box(-np.inf, np.inf, (self.info.state_dim,), np.float32)
+        self.observation_space = gym.spaces.Dict(spaces)
+        self.action_space = gym.spaces.Box(-1.0, 1.0, (self.info.action_dim,), np.float32)
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None):
+        super().reset(seed=seed)
+        self._steps = 0
+        self.begin(int(self.np_random.integers(2**31)) if seed is None else seed)
+        return self.observe(), {"success": False}
+
+    def step(self, action: np.ndarray):
+        reward, success, terminated = self.advance(np.asarray(action, dtype=np.float32))
+        self._steps += 1
+        truncated = not terminated and self._steps >= self.info.max_episode_steps
+        return self.observe(), reward, terminated, truncated, {"success": success}
+
+
+class ChunkEnv(gym.Env):
+    """A task whose one action is a whole chunk, float32 (k, A), executed open loop.
+
+    ``info`` of a step: ``steps`` (how many of the k were executed), ``rewards`` float64 (k,), zero beyond
+    them, and ``success``. The chunk stops early when the episode ends inside it. The step's scalar reward is
+    the plain sum; discounting belongs to the learner, which knows gamma.
+    """
+
+    def __init__(self, env: TaskEnv, chunk: int):
+        if chunk < 1:
+            raise bad("chunk", "a positive number of steps", chunk)
+        self.env, self.chunk, self.info = env, chunk, env.info
+        self.observation_space = env.observation_space
+        low, high = env.action_space.low, env.action_space.high  # type: ignore[attr-defined]
+        self.action_space = gym.spaces.Box(np.tile(low, (chunk, 1)), np.tile(high, (chunk, 1)), dtype=np.float32)
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None):
+        super().reset(seed=seed)
+        self._steps = 0
+        return self.env.reset(seed=seed, options=options)
+
+    def step(self, action: np.ndarray):
+        rewards = np.zeros(self.chunk)
+        steps, success, terminated = 0, False, False
+        limit = self.info.max_episode_steps
+        for row in action:
+            rewards[steps], success, terminated = self.env.advance(row)
+            steps += 1
+            self._steps += 1
+            if terminated or self._steps >= limit:
+                break
+        truncated = not terminated and self._steps >= limit
+        info = {"success": bool(success), "steps": steps, "rewards": rewards}
+        return self.env.observe(), float(rewards.sum()), terminated, truncated, info
+
+    def close(self) -> None:
+        self.env.close()

@@ -28,6 +28,8 @@ class TaskInfo:
     state_dim: int
     action_dim: int
     cameras: Mapping[str, tuple[int, int, int]] = field(default_factory=dict)
+    reward_range: tuple[float, float] = (-1.0, 0.0)
+    """Least and greatest reward of a step: what bounds a value estimate."""
 
 
 class TaskEnv(gym.Env, abc.ABC):

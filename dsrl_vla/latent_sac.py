@@ -1,0 +1,172 @@
+"""DSRL-SAC (arXiv 2506.15799): soft actor-critic whose action is the latent of a frozen sampler's noise.
+
+One transition is one executed chunk: reward R = sum_i gamma^i r_i over the k steps really executed, and the
+bootstrap is discounted by gamma^k. Timeouts bootstrap; terminations do not. Entropy is per dimension of the
+[-1, 1] box, so its target depends neither on the noise bound nor on the layout's size.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from .critic import CriticConfig, CriticEnsemble
+from .errors import bad
+from .head import HeadInputs, SteeringHead
+
+Info = dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class SACConfig:
+    """Hyper-parameters of the update."""
+
+    gamma: float = 0.9987
+    """Discount per environment step (0.99 per chunk of 8)."""
+    reward_scale: float | None = None
+    """Multiplies the reward; None: one over the executed steps, so that a full chunk of -1 is about -1."""
+    tau: float = 0.005
+    actor_lr: float = 3e-4
+    critic_lr: float = 3e-4
+    alpha_lr: float = 3e-4
+    batch: int = 256
+    alpha_init: float = 0.1
+    target_entropy: float = -0.5
+    """Nats per dimension of the [-1, 1] box, where uniform noise has +0.69."""
+    backup_entropy: bool = False
+    """Whether the entropy bonus enters the target. Off: on it feeds itself (see the README)."""
+    max_grad_norm: float = 10.0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.gamma < 1:
+            raise bad("sac.gamma", "above 0 and below 1", self.gamma)
+        if not 0 < self.tau <= 1:
+            raise bad("sac.tau", "above 0 and at most 1", self.tau)
+        if self.batch < 1:
+            raise bad("sac.batch", "1 or more", self.batch)
+        for name in ("actor_lr", "critic_lr", "alpha_lr", "alpha_init", "max_grad_norm"):
+            if getattr(self, name) <= 0:
+                raise bad(f"sac.{name}", "above 0", getattr(self, name))
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Transitions, N rows each."""
+
+    inputs: HeadInputs
+    latent: torch.Tensor  # (N, n, d) in [-1, 1]
+    reward: torch.Tensor  # (N,), discounted inside the chunk
+    discount: torch.Tensor  # (N,), gamma^k, and 0 where the episode terminated
+    next_inputs: HeadInputs
+
+
+def critic_loss(
+    critic: CriticEnsemble, target: CriticEnsemble, head: SteeringHead, alpha: torch.Tensor, batch: Batch,
+    bounds: tuple[float, float], backup_entropy: bool, generator: torch.Generator,
+) -> tuple[torch.Tensor, Info]:
+    """Mean over members of (Q_i(s, u) - y)^2, y = R + gamma^k Red_i Q'_i(s', u'), kept to what the reward can give."""
+    with torch.no_grad():
+        latent, log_prob = head.sample(batch.next_inputs, generator)
+        value = target.value(batch.next_inputs, latent)
+        if backup_entropy:
+            value = value - alpha * log_prob
+        y = (batch.reward + batch.discount * value).clamp(*bounds)
+    q = critic(batch.inputs, batch.latent)
+    loss = (q - y).square().mean(1).sum()
+    return loss, {"critic_loss": loss.detach() / q.shape[0], "q": q.detach().mean(), "target": y.mean()}
+
+
+def actor_loss(
+    critic: CriticEnsemble, head: SteeringHead, alpha: torch.Tensor, batch: Batch, generator: torch.Generator
+) -> tuple[torch.Tensor, Info]:
+    """E[alpha log pi(u|s) - Red_i Q_i(s, u)], u ~ pi."""
+    latent, log_prob = head.sample(batch.inputs, generator)
+    loss = (alpha * log_prob - critic.value(batch.inputs, latent)).mean()
+    entropy = -log_prob.detach().mean() / latent[0].numel()
+    return loss, {"actor_loss": loss.detach(), "entropy": entropy, "latent_abs": latent.detach().abs().mean()}
+
+
+def alpha_loss(log_alpha: torch.Tensor, entropy: torch.Tensor, target_entropy: float) -> tuple[torch.Tensor, Info]:
+    """alpha (H - H_target), in nats per dimension."""
+    loss = log_alpha.exp() * (entropy - target_entropy)
+    return loss, {"alpha": log_alpha.detach().exp()}
+
+
+class LatentSAC:
+    """Head, critics, temperature and their optimisers; `update` does one gradient step of each."""
+
+    def __init__(self, head: SteeringHead, critic: CriticConfig, config: SACConfig, value_bounds: tuple[float, float], seed: int):
+        self.head, self.config, self.bounds = head, config, value_bounds
+        self.critic = CriticEnsemble(critic, head.config)
+        self.target = copy.deepcopy(self.critic).requires_grad_(False)
+        self.log_alpha = torch.tensor(config.alpha_init).log().requires_grad_()
+        self.optimizers = {
+            "actor": torch.optim.Adam(head.parameters(), config.actor_lr, fused=True),
+            "critic": torch.optim.Adam(self.critic.parameters(), config.critic_lr, fused=True),
+            "alpha": torch.optim.Adam([self.log_alpha], config.alpha_lr),
+        }
+        self.generator = torch.Generator().manual_seed(seed)
+        self.updates = 0
+
+    def fit_normaliser(self, inputs: HeadInputs) -> None:
+        """Fit head's and critics' observation statistics on warm-up data."""
+        for module in (self.head, self.critic, self.target):
+            module.eyes.normalise.fit(inputs)
+
+    def update(self, batch: Batch) -> Info:
+        """One step each of critic, target, actor and temperature. Nothing is copied to Python."""
+        config, alpha = self.config, self.log_alpha.detach().exp()
+        loss, info = critic_loss(
+            self.critic, self.target, self.head, alpha, batch, self.bounds, config.backup_entropy, self.generator
+        )
+        self._step("critic", loss, list(self.critic.parameters()))
+        pairs = list(zip(self.target.parameters(), self.critic.parameters(), strict=True))
+        with torch.no_grad():
+            torch._foreach_lerp_([t for t, _ in pairs], [c for _, c in pairs], config.tau)
+
+        self.critic.requires_grad_(False)
+        loss, more = actor_loss(self.critic, self.head, alpha, batch, self.generator)
+        self._step("actor", loss, list(self.head.parameters()))
+        self.critic.requires_grad_(True)
+        info |= more
+
+        loss, more = alpha_loss(self.log_alpha, info["entropy"], config.target_entropy)
+        self._step("alpha", loss, [self.log_alpha])
+        self.updates += 1
+        return info | more
+
+    def _step(self, name: str, loss: torch.Tensor, parameters: list[torch.Tensor]) -> None:
+        optimizer = self.optimizers[name]
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, self.config.max_grad_norm)
+        optimizer.step()
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Everything needed to go on, as flat named tensors."""
+        state = {f"head.{k}": v for k, v in self.head.state_dict().items()}
+        state |= {f"critic.{k}": v for k, v in self.critic.state_dict().items()}
+        state |= {f"target.{k}": v for k, v in self.target.state_dict().items()}
+        for name, optimizer in self.optimizers.items():
+            for index, slots in optimizer.state_dict()["state"].items():
+                state |= {f"optimizer.{name}.{index}.{slot}": torch.as_tensor(value) for slot, value in slots.items()}
+        return state | {"log_alpha": self.log_alpha.detach(), "generator": self.generator.get_state()}
+
+    def load_tensors(self, state: dict[str, torch.Tensor], updates: int) -> None:
+        """Undo `tensors`."""
+        for name, module in (("head", self.head), ("critic", self.critic), ("target", self.target)):
+            module.load_state_dict({k[len(name) + 1 :]: v for k, v in state.items() if k.startswith(f"{name}.")})
+        for name, optimizer in self.optimizers.items():
+            slots: dict[int, dict[str, Any]] = {}
+            for key, value in state.items():
+                if key.startswith(f"optimizer.{name}."):
+                    _, _, index, slot = key.split(".")
+                    slots.setdefault(int(index), {})[slot] = value
+            optimizer.load_state_dict(optimizer.state_dict() | {"state": slots})
+        with torch.no_grad():
+            self.log_alpha.copy_(state["log_alpha"])
+        self.generator.set_state(state["generator"])
+        self.updates = updates

@@ -1,0 +1,179 @@
+"""The networks of head and critic: a small transformer over observation and noise tokens, and an MLP.
+
+Both are *stacked*: every weight has a leading ensemble axis E, so that an ensemble of critics is one batched
+matrix product per layer. An actor is a stack of one. Activations are (E, B, tokens, width).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from .errors import bad
+
+
+class StackedLinear(nn.Module):
+    """E independent linear layers, (E, …, in) -> (E, …, out)."""
+
+    def __init__(self, members: int, inputs: int, outputs: int, gain: float = 1.0):
+        super().__init__()
+        bound = 1.0 / math.sqrt(inputs)
+        self.weight = nn.Parameter(torch.empty(members, inputs, outputs).uniform_(-bound, bound) * gain)
+        self.bias = nn.Parameter(torch.zeros(members, 1, outputs))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        shape = x.shape
+        out = torch.baddbmm(self.bias, x.reshape(shape[0], -1, shape[-1]), self.weight)
+        return out.view(*shape[:-1], -1)
+
+
+class StackedNorm(nn.Module):
+    """E independent layer norms over the last axis of (E, B, …, width)."""
+
+    def __init__(self, members: int, width: int):
+        super().__init__()
+        self.gain = nn.Parameter(torch.ones(members, width))
+        self.bias = nn.Parameter(torch.zeros(members, width))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        view = (x.shape[0],) + (1,) * (x.dim() - 2) + (x.shape[-1],)
+        return torch.addcmul(self.bias.view(view), F.layer_norm(x, x.shape[-1:]), self.gain.view(view))
+
+
+class Block(nn.Module):
+    """A pre-norm transformer layer. With `queries` set, only the last `queries` tokens are carried on."""
+
+    def __init__(self, members: int, width: int, heads: int, queries: int | None = None):
+        super().__init__()
+        self.heads, self.queries = heads, queries
+        self.norm = StackedNorm(members, width)
+        self.q = StackedLinear(members, width, width)
+        self.kv = StackedLinear(members, width, 2 * width)
+        self.out = StackedLinear(members, width, width)
+        self.norm_mlp = StackedNorm(members, width)
+        self.up = StackedLinear(members, width, 2 * width)
+        self.down = StackedLinear(members, 2 * width, width)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        normed = self.norm(x)
+        carried, asked = (x, normed) if self.queries is None else (x[:, :, -self.queries :], normed[:, :, -self.queries :])
+        carried = carried + self.out(self._attend(self.q(asked), self.kv(normed)))
+        return carried + self.down(F.gelu(self.up(self.norm_mlp(carried)), approximate="tanh"))
+
+    def _attend(self, q: torch.Tensor, kv: torch.Tensor) -> torch.Tensor:
+        members, batch, asked, width = q.shape
+        size = width // self.heads
+        q = q.view(members * batch, asked, self.heads, size).transpose(1, 2)
+        k, v = kv.view(members * batch, -1, 2, self.heads, size).permute(2, 0, 3, 1, 4)
+        attended = F.scaled_dot_product_attention(q, k, v)
+        return attended.transpose(1, 2).reshape(members, batch, asked, width)
+
+
+@dataclass(frozen=True)
+class NetworkConfig:
+    """Sizes of head and critic networks."""
+
+    kind: str = "transformer"
+    """transformer or mlp."""
+    width: int = 64
+    layers: int = 2
+    heads: int = 4
+    """Attention heads (transformer only)."""
+
+    def __post_init__(self) -> None:
+        if self.kind not in ("transformer", "mlp"):
+            raise bad("network.kind", "transformer or mlp", f"'{self.kind}'")
+        if self.width < 8 or self.width % self.heads:
+            raise bad("network.width", f"a multiple of network.heads={self.heads}, 8 or more", self.width)
+        if self.layers < 1:
+            raise bad("network.layers", "1 or more", self.layers)
+
+
+class Transformer(nn.Module):
+    """Tokens for each observed vector and each noise vector, and `queries` query tokens that are read out.
+
+    A query starts from a linear view of everything that is observed, to which attention adds: with the
+    attention silent this is a residual MLP, which is the floor under it.
+    """
+
+    def __init__(self, config: NetworkConfig, members: int, inputs: list[int], vectors: tuple[int, int], queries: int, outputs: int):
+        super().__init__()
+        width, (count, dim) = config.width, vectors
+        self.tokens = nn.ModuleList(StackedLinear(members, size, width) for size in inputs)
+        self.kinds = nn.Parameter(torch.randn(members, 1, len(inputs), width) * 0.02)
+        self.vector = StackedLinear(members, dim, width) if count else None
+        self.places = nn.Parameter(torch.randn(members, 1, count, width) * 0.02)
+        self.everything = StackedLinear(members, sum(inputs) + count * dim, width)
+        self.queries = nn.Parameter(torch.randn(members, 1, queries, width) * 0.02)
+        self.blocks = nn.ModuleList(
+            Block(members, width, config.heads, queries if layer == config.layers - 1 else None)
+            for layer in range(config.layers)
+        )
+        self.norm = StackedNorm(members, width)
+        self.read = StackedLinear(members, width, outputs, gain=0.1)
+
+    def forward(self, inputs: list[torch.Tensor], vectors: torch.Tensor | None) -> torch.Tensor:
+        """inputs: [(E, B, size)], vectors: (E, B, n, d) or None -> (E, B, queries, outputs)."""
+        tokens = [torch.stack([embed(x) for embed, x in zip(self.tokens, inputs, strict=True)], 2) + self.kinds]
+        flat = list(inputs)
+        if self.vector is not None and vectors is not None:
+            tokens.append(self.vector(vectors) + self.places)
+            flat.append(vectors.flatten(2))
+        tokens.append(self.everything(torch.cat(flat, -1)).unsqueeze(2) + self.queries)
+        x = torch.cat(tokens, 2)
+        for block in self.blocks:
+            x = block(x)
+        return self.read(self.norm(x))
+
+
+class MLP(nn.Module):
+    """The plain alternative: everything concatenated, `layers` + 1 layers of LayerNorm and ReLU."""
+
+    def __init__(self, config: NetworkConfig, members: int, inputs: list[int], vectors: tuple[int, int], queries: int, outputs: int):
+        super().__init__()
+        sizes = [sum(inputs) + vectors[0] * vectors[1]] + [config.width] * (config.layers + 1)
+        self.layers = nn.ModuleList(StackedLinear(members, a, b) for a, b in zip(sizes, sizes[1:], strict=False))
+        self.norms = nn.ModuleList(StackedNorm(members, size) for size in sizes[1:])
+        self.read = StackedLinear(members, config.width, queries * outputs, gain=0.1)
+        self.shape = (queries, outputs)
+
+    def forward(self, inputs: list[torch.Tensor], vectors: torch.Tensor | None) -> torch.Tensor:
+        """inputs: [(E, B, size)], vectors: (E, B, n, d) or None -> (E, B, queries, outputs)."""
+        x = torch.cat([*inputs, vectors.flatten(2)] if vectors is not None else inputs, -1)
+        for layer, norm in zip(self.layers, self.norms, strict=True):
+            x = F.relu(norm(layer(x)))
+        return self.read(x).view(*x.shape[:2], *self.shape)
+
+
+def build(config: NetworkConfig, members: int, inputs: list[int], vectors: tuple[int, int], queries: int, outputs: int) -> nn.Module:
+    """Build the network that `config.kind` names.
+
+    Args:
+        members: E, the ensemble's size.
+        inputs: widths of the observed vectors (state, feature, image embeddings).
+        vectors: (n, d) of the noise latent the network reads; (0, 0) for none.
+        queries: how many tokens are read out, each into `outputs` numbers.
+    """
+    kind = Transformer if config.kind == "transformer" else MLP
+    return kind(config, members, inputs, vectors, queries, outputs)
+
+
+class ImageTokens(nn.Module):
+    """Small camera images to one vector each: uint8 (B, S, S, 3) -> float32 (B, width)."""
+
+    def __init__(self, size: int, width: int):
+        super().__init__()
+        self.convolutions = nn.Sequential(
+            nn.Conv2d(3, 16, 3, stride=2), nn.ReLU(), nn.Conv2d(16, 32, 3, stride=2), nn.ReLU(), nn.Conv2d(32, 32, 3), nn.ReLU()
+        )
+        with torch.no_grad():
+            flat = self.convolutions(torch.zeros(1, 3, size, size)).numel()
+        self.project = nn.Sequential(nn.Linear(flat, width), nn.LayerNorm(width), nn.Tanh())
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        pixels = images.permute(0, 3, 1, 2).float() / 255 - 0.5
+        return self.project(self.convolutions(pixels).flatten(1))

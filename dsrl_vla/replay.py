@@ -1,0 +1,117 @@
+"""The transition store: each observation once, transitions as pairs of indices into it.
+
+Rows are what the head looks at (state, feature, small images), never the base's KV cache, which for a real
+π0 is 15 MB per decision. A vector environment's successor observation is the next decision's observation, so
+storing it once halves the memory; an episode's last observation is stored for its bootstrap alone.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from .errors import bad
+from .head import HeadInputs
+from .latent_sac import Batch
+
+
+class Replay:
+    """A ring of `capacity` transitions.
+
+    The caller owns the order of calls: `observe` returns an index, `add` joins two of them. An observation
+    is dropped when `capacity` + 25 % newer ones have been stored; transitions that refer to it go with it.
+    """
+
+    def __init__(self, capacity: int, latent_shape: tuple[int, int]):
+        if capacity < 1:
+            raise bad("replay.capacity", "1 or more", capacity)
+        self.capacity = capacity
+        self.rows = capacity + capacity // 4 + 64
+        self.inputs: HeadInputs = {}
+        self.latent = torch.zeros(capacity, *latent_shape)
+        self.reward = torch.zeros(capacity)
+        self.discount = torch.zeros(capacity)
+        self.index = torch.zeros(capacity, 2, dtype=torch.int64)  # observation numbers, counted from the start
+        self.observed = 0
+        self.added = 0
+
+    def observe(self, inputs: HeadInputs) -> np.ndarray:
+        """Store a batch of observations; return their numbers, int64 (B,)."""
+        if not self.inputs:
+            self.inputs = {k: torch.zeros(self.rows, *v.shape[1:], dtype=v.dtype) for k, v in inputs.items()}
+        count = next(iter(inputs.values())).shape[0]
+        numbers = torch.arange(self.observed, self.observed + count)
+        for name, values in inputs.items():
+            self.inputs[name][numbers % self.rows] = values
+        self.observed += count
+        return numbers.numpy()
+
+    def add(self, now: np.ndarray, latent: torch.Tensor, reward: np.ndarray, discount: np.ndarray, then: np.ndarray) -> None:
+        """Store transitions between observation numbers `now` and `then`.
+
+        Args:
+            latent: (B, n, d) in [-1, 1]. reward: (B,) discounted within the chunk.
+            discount: (B,) gamma^k, 0 where the episode terminated.
+
+        Raises:
+            DsrlError: a reward that is not finite.
+        """
+        if not np.isfinite(reward).all():
+            raise bad("reward", "a finite number", reward[~np.isfinite(reward)][0])
+        slots = torch.arange(self.added, self.added + len(now)) % self.capacity
+        self.latent[slots] = latent
+        self.reward[slots] = torch.as_tensor(reward, dtype=torch.float32)
+        self.discount[slots] = torch.as_tensor(discount, dtype=torch.float32)
+        self.index[slots] = torch.as_tensor(np.stack([now, then], 1))
+        self.added += len(now)
+
+    def __len__(self) -> int:
+        return self.added - self._first()
+
+    def _first(self) -> int:
+        """Number of the oldest transition whose observations are all still held."""
+        first = max(0, self.added - self.capacity)
+        oldest = self.observed - self.rows
+        while first < self.added and int(self.index[first % self.capacity, 0]) < oldest:
+            first += 1
+        return first
+
+    def sample(self, size: int, rng: np.random.Generator) -> Batch:
+        """Draw `size` transitions uniformly, with replacement.
+
+        Raises:
+            DsrlError: the store is empty.
+        """
+        first = self._first()
+        if first == self.added:
+            raise bad("replay", "at least one transition", "none")
+        slots = torch.from_numpy(rng.integers(first, self.added, size)) % self.capacity
+        rows = self.index[slots] % self.rows
+        return Batch(
+            inputs={k: v[rows[:, 0]] for k, v in self.inputs.items()},
+            latent=self.latent[slots],
+            reward=self.reward[slots],
+            discount=self.discount[slots],
+            next_inputs={k: v[rows[:, 1]] for k, v in self.inputs.items()},
+        )
+
+    def observations(self) -> HeadInputs:
+        """All observations held, (N, …)."""
+        return {k: v[: min(self.observed, self.rows)] for k, v in self.inputs.items()}
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """The store as named tensors, cut to what is filled."""
+        filled, rows = min(self.added, self.capacity), min(self.observed, self.rows)
+        own = {name: getattr(self, name)[:filled] for name in ("latent", "reward", "discount", "index")}
+        return own | {f"inputs.{k}": v[:rows] for k, v in self.inputs.items()}
+
+    def load_tensors(self, tensors: dict[str, torch.Tensor], observed: int, added: int) -> None:
+        """Undo `tensors`."""
+        for name in ("latent", "reward", "discount", "index"):
+            getattr(self, name)[: len(tensors[name])] = tensors[name]
+        for key, values in tensors.items():
+            if key.startswith("inputs."):
+                name = key.removeprefix("inputs.")
+                self.inputs[name] = torch.zeros(self.rows, *values.shape[1:], dtype=values.dtype)
+                self.inputs[name][: len(values)] = values
+        self.observed, self.added = observed, added

@@ -1,0 +1,161 @@
+"""Chunked rollouts over gymnasium vector environments, with one seed per episode."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv
+
+from .errors import bad
+from .noise import generators
+from .observation import PROMPT, Observations
+from .policy import FrozenPolicy
+from .sources import NoiseSource
+from .tasks import ChunkEnv, TaskInfo, make_task
+
+VectorMode = Literal["sync", "async"]
+_NOISE_STREAM = 7919  # separates an episode's noise from its environment's draws
+
+
+@dataclass(frozen=True)
+class TaskConfig:
+    """Which task, and how it is run."""
+
+    uri: str = "metaworld:drawer-open-v3"
+    max_episode_steps: int = 120
+    num_envs: int = 10
+    vector: VectorMode = "sync"
+    """sync: in this process; async: one process per environment."""
+
+    def __post_init__(self) -> None:
+        if self.num_envs < 1:
+            raise bad("task.num_envs", "1 or more", self.num_envs)
+        if self.vector not in ("sync", "async"):
+            raise bad("task.vector", "sync or async", f"'{self.vector}'")
+
+
+def _make_chunked(config: TaskConfig, chunk: int) -> ChunkEnv:
+    return ChunkEnv(make_task(config.uri, max_episode_steps=config.max_episode_steps), chunk)
+
+
+@dataclass
+class ChunkResult:
+    """What executing one chunk in every environment gave; arrays of length B."""
+
+    observations: Observations
+    rewards: np.ndarray  # (B, k), per step, zero beyond `steps`
+    steps: np.ndarray
+    terminated: np.ndarray
+    truncated: np.ndarray
+    success: np.ndarray
+
+    @property
+    def done(self) -> np.ndarray:
+        """Whether the episode is over, either way."""
+        return self.terminated | self.truncated
+
+
+class VectorTask:
+    """B copies of a task, reset one by one with the seeds they are given. Close it, or use it as a context."""
+
+    def __init__(self, config: TaskConfig, chunk: int, info: TaskInfo | None = None):
+        make = [functools.partial(_make_chunked, config, chunk)] * config.num_envs
+        if config.vector == "sync":
+            self.envs: Any = SyncVectorEnv(make, autoreset_mode=AutoresetMode.DISABLED)
+            self.info: TaskInfo = self.envs.envs[0].info
+        else:
+            self.envs = AsyncVectorEnv(make, autoreset_mode=AutoresetMode.DISABLED, context="spawn")
+            self.info = self.envs.get_attr("info")[0]
+        self.config, self.chunk = config, chunk
+
+    def reset(self, seeds: Sequence[int | None]) -> Observations:
+        """Reset the environments whose seed is not None; return the observations of all."""
+        mask = np.array([seed is not None for seed in seeds])
+        options = {"reset_mask": mask}
+        observations, _ = self.envs.reset(seed=[s if s is None else int(s) for s in seeds], options=options)
+        return self._with_prompts(observations)
+
+    def step(self, chunks: np.ndarray) -> ChunkResult:
+        """Execute float32 (B, k, A), open loop."""
+        observations, _, terminated, truncated, info = self.envs.step(chunks)
+        return ChunkResult(
+            self._with_prompts(observations),
+            np.stack(list(info["rewards"])),
+            np.asarray(info["steps"], dtype=np.int64),
+            terminated.copy(),
+            truncated.copy(),
+            np.asarray(info["success"], dtype=bool),
+        )
+
+    def _with_prompts(self, observations: dict[str, np.ndarray]) -> Observations:
+        return {**observations, PROMPT: [self.info.prompt] * self.config.num_envs}
+
+    def close(self) -> None:
+        """Close every environment."""
+        self.envs.close()
+
+    def __enter__(self) -> VectorTask:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+@dataclass(frozen=True)
+class Episode:
+    """How one episode went."""
+
+    seed: int
+    success: bool
+    steps: int
+    reward: float
+
+
+def episode_generators(seeds: Sequence[int], trial: int = 0) -> list[torch.Generator]:
+    """The noise generators of episodes; `trial` gives other noise on the same episode."""
+    return generators([seed * _NOISE_STREAM + trial for seed in seeds])
+
+
+def run_episodes(
+    base: FrozenPolicy, task: VectorTask, source: NoiseSource, seeds: Sequence[int], *, trial: int = 0,
+    on_episode: Callable[[Episode], None] = lambda _: None,
+) -> list[Episode]:
+    """Run one episode per seed; return them in the order of `seeds`.
+
+    The same seeds give the same environments and, from the same source, the same noise: runs are paired.
+    """
+    count, executed = task.config.num_envs, base.spec.executed_steps
+    queue = list(seeds)
+    now = [queue.pop(0) if queue else None for _ in range(count)]
+    filler = seeds[0]  # idle environments replay an episode nobody counts
+    streams = episode_generators([filler if s is None else s for s in now], trial)
+    observations = task.reset([filler if s is None else s for s in now])
+    steps, rewards = np.zeros(count, dtype=int), np.zeros(count)
+    done: dict[int, Episode] = {}
+    while len(done) < len(seeds):
+        encoding = base.encode(observations)
+        chunks = base.denoise(encoding, source(observations, encoding, streams))[:, 0, :executed]
+        result = task.step(chunks.numpy())
+        observations = result.observations
+        steps += result.steps
+        rewards += result.rewards.sum(1)
+        if not result.done.any():
+            continue
+        fresh: list[int | None] = [None] * count
+        for i in np.flatnonzero(result.done):
+            seed = now[i]
+            if seed is not None:
+                done[seed] = Episode(seed, bool(result.success[i]), int(steps[i]), float(rewards[i]))
+                on_episode(done[seed])
+            now[i] = queue.pop(0) if queue else None
+            fresh[i] = filler if now[i] is None else now[i]
+            streams[i] = episode_generators([fresh[i]], trial)[0]  # type: ignore[list-item]
+            steps[i], rewards[i] = 0, 0.0
+        if len(done) < len(seeds):
+            observations = task.reset(fresh)
+    return [done[seed] for seed in seeds]

@@ -1,0 +1,69 @@
+"""Who picks the noise of a decision: the base itself, a control, or a head.
+
+Every source draws from one generator per row, seeded by that row's episode, so that an episode's noise does
+not depend on which other episodes run beside it.
+"""
+
+from __future__ import annotations
+
+import abc
+from dataclasses import dataclass
+
+import torch
+
+from .head import SteeringHead
+from .noise import NoiseLayout, NoiseSpace
+from .observation import Observations
+from .policy import Encoding
+
+
+class NoiseSource(abc.ABC):
+    """Picks the noise float32 (B, 1, H, D) for a batch of decisions."""
+
+    @abc.abstractmethod
+    def __call__(
+        self, observations: Observations, encoding: Encoding, generators: list[torch.Generator]
+    ) -> torch.Tensor: ...
+
+
+@dataclass(frozen=True)
+class PriorNoise(NoiseSource):
+    """The base's own behaviour, as its authors ship it. With `clip`, cut to [-clip, clip]."""
+
+    space: NoiseSpace
+    clip: float | None = None
+
+    def __call__(self, observations, encoding, generators):
+        noise = self.space.sample(generators)
+        return noise if self.clip is None else noise.clamp(-self.clip, self.clip)
+
+
+@dataclass(frozen=True)
+class ZeroNoise(NoiseSource):
+    """The control that every gain must beat: a constant zero."""
+
+    space: NoiseSpace
+
+    def __call__(self, observations, encoding, generators):
+        return torch.zeros(len(generators), 1, *self.space.shape)
+
+
+@dataclass(frozen=True)
+class LayoutNoise(NoiseSource):
+    """The base's prior, truncated and squeezed through a layout: a head that has learnt nothing."""
+
+    layout: NoiseLayout
+
+    def __call__(self, observations, encoding, generators):
+        return self.layout.expand(self.layout.sample(generators))
+
+
+@dataclass(frozen=True)
+class HeadNoise(NoiseSource):
+    """A head's choice: its mode, or a sample of it."""
+
+    head: SteeringHead
+    deterministic: bool = True
+
+    def __call__(self, observations, encoding, generators):
+        return self.head.noise(observations, encoding, None if self.deterministic else generators)

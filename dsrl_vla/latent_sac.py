@@ -11,6 +11,7 @@ import copy
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 
 from .critic import CriticConfig, CriticEnsemble
@@ -26,8 +27,11 @@ class SACConfig:
 
     gamma: float = 0.9987
     """Discount per environment step (0.99 per chunk of 8)."""
-    reward_scale: float | None = None
-    """Multiplies the reward; None: one over the executed steps, so that a full chunk of -1 is about -1."""
+    reward_offset: float = 1.0
+    """Added to every step's reward. With 1, a task of -1 per step and 0 at success reads 0 and 1: values start
+    where failure is and only success moves them."""
+    reward_scale: float = 1.0
+    """Multiplies the reward, after the offset."""
     tau: float = 0.005
     actor_lr: float = 3e-4
     critic_lr: float = 3e-4
@@ -50,6 +54,17 @@ class SACConfig:
         for name in ("actor_lr", "critic_lr", "alpha_lr", "alpha_init", "max_grad_norm"):
             if getattr(self, name) <= 0:
                 raise bad(f"sac.{name}", "above 0", getattr(self, name))
+
+    def chunk_reward(self, rewards: np.ndarray, steps: np.ndarray) -> np.ndarray:
+        """sum_i gamma^i (r_i + offset) scale over the steps really executed: (B, k), (B,) -> (B,)."""
+        i = np.arange(rewards.shape[1])
+        executed = i < steps[:, None]
+        return self.reward_scale * ((rewards + self.reward_offset) * executed * self.gamma**i).sum(1)
+
+    def value_bounds(self, reward_range: tuple[float, float]) -> tuple[float, float]:
+        """The least and greatest value that rewards in `reward_range` can add up to, forever."""
+        low, high = (self.reward_scale * (r + self.reward_offset) for r in reward_range)
+        return min(low, low / (1 - self.gamma)), max(high, high / (1 - self.gamma))
 
 
 @dataclass(frozen=True)

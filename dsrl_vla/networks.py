@@ -45,32 +45,28 @@ class StackedNorm(nn.Module):
 
 
 class Block(nn.Module):
-    """A pre-norm transformer layer. With `queries` set, only the last `queries` tokens are carried on."""
+    """A pre-norm layer in which query tokens attend to given keys and values; (E, B, Q, width) in and out.
 
-    def __init__(self, members: int, width: int, heads: int, queries: int | None = None):
+    Sequences here are a handful of tokens, for which a fused attention kernel costs more than it saves.
+    """
+
+    def __init__(self, members: int, width: int, heads: int):
         super().__init__()
-        self.heads, self.queries = heads, queries
+        self.heads = heads
         self.norm = StackedNorm(members, width)
         self.q = StackedLinear(members, width, width)
-        self.kv = StackedLinear(members, width, 2 * width)
         self.out = StackedLinear(members, width, width)
         self.norm_mlp = StackedNorm(members, width)
         self.up = StackedLinear(members, width, 2 * width)
         self.down = StackedLinear(members, 2 * width, width)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        normed = self.norm(x)
-        carried, asked = (x, normed) if self.queries is None else (x[:, :, -self.queries :], normed[:, :, -self.queries :])
-        carried = carried + self.out(self._attend(self.q(asked), self.kv(normed)))
-        return carried + self.down(F.gelu(self.up(self.norm_mlp(carried)), approximate="tanh"))
-
-    def _attend(self, q: torch.Tensor, kv: torch.Tensor) -> torch.Tensor:
-        members, batch, asked, width = q.shape
-        size = width // self.heads
-        q = q.view(members * batch, asked, self.heads, size).transpose(1, 2)
-        k, v = kv.view(members * batch, -1, 2, self.heads, size).permute(2, 0, 3, 1, 4)
-        attended = F.scaled_dot_product_attention(q, k, v)
-        return attended.transpose(1, 2).reshape(members, batch, asked, width)
+    def forward(self, x: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+        """keys, values: (E, B, 1, tokens, heads, size)."""
+        q = self.q(self.norm(x)).view(*x.shape[:3], 1, self.heads, -1)
+        scores = (q * keys).sum(-1, keepdim=True) * q.shape[-1] ** -0.5
+        attended = (scores.softmax(3) * values).sum(3).flatten(3)
+        x = x + self.out(attended)
+        return x + self.down(F.gelu(self.up(self.norm_mlp(x)), approximate="tanh"))
 
 
 @dataclass(frozen=True)
@@ -94,25 +90,26 @@ class NetworkConfig:
 
 
 class Transformer(nn.Module):
-    """Tokens for each observed vector and each noise vector, and `queries` query tokens that are read out.
+    """Query tokens that attend, layer by layer, to a token for each observed vector and each noise vector.
 
     A query starts from a linear view of everything that is observed, to which attention adds: with the
-    attention silent this is a residual MLP, which is the floor under it.
+    attention silent this is a residual MLP, which is the floor under it. The observed tokens are the memory
+    of all layers, so their keys and values are one matrix product.
     """
 
     def __init__(self, config: NetworkConfig, members: int, inputs: list[int], vectors: tuple[int, int], queries: int, outputs: int):
         super().__init__()
         width, (count, dim) = config.width, vectors
+        self.heads, self.layers = config.heads, config.layers
         self.tokens = nn.ModuleList(StackedLinear(members, size, width) for size in inputs)
         self.kinds = nn.Parameter(torch.randn(members, 1, len(inputs), width) * 0.02)
         self.vector = StackedLinear(members, dim, width) if count else None
         self.places = nn.Parameter(torch.randn(members, 1, count, width) * 0.02)
+        self.norm_memory = StackedNorm(members, width)
+        self.memory = StackedLinear(members, width, 2 * config.layers * width)
         self.everything = StackedLinear(members, sum(inputs) + count * dim, width)
         self.queries = nn.Parameter(torch.randn(members, 1, queries, width) * 0.02)
-        self.blocks = nn.ModuleList(
-            Block(members, width, config.heads, queries if layer == config.layers - 1 else None)
-            for layer in range(config.layers)
-        )
+        self.blocks = nn.ModuleList(Block(members, width, config.heads) for _ in range(config.layers))
         self.norm = StackedNorm(members, width)
         self.read = StackedLinear(members, width, outputs, gain=0.1)
 
@@ -123,10 +120,11 @@ class Transformer(nn.Module):
         if self.vector is not None and vectors is not None:
             tokens.append(self.vector(vectors) + self.places)
             flat.append(vectors.flatten(2))
-        tokens.append(self.everything(torch.cat(flat, -1)).unsqueeze(2) + self.queries)
-        x = torch.cat(tokens, 2)
-        for block in self.blocks:
-            x = block(x)
+        memory = self.memory(F.relu(self.norm_memory(torch.cat(tokens, 2))))
+        per_layer = memory.view(*memory.shape[:3], 2 * self.layers, self.heads, -1).unsqueeze(2).unbind(4)
+        x = self.everything(torch.cat(flat, -1)).unsqueeze(2) + self.queries
+        for layer, block in enumerate(self.blocks):
+            x = block(x, per_layer[2 * layer], per_layer[2 * layer + 1])
         return self.read(self.norm(x))
 
 

@@ -9,8 +9,10 @@ Reward: -1 per step, 0 on the step that succeeds, which ends the episode.
 
 from __future__ import annotations
 
+import atexit
 import os
 import sys
+import weakref
 from functools import cache
 from importlib import resources
 
@@ -81,6 +83,8 @@ class MetaWorldTask(TaskEnv):
             cameras={CAMERA: (IMAGE_SIZE, IMAGE_SIZE, 3)},
         )
         self._build_spaces()
+        closing = weakref.WeakMethod(self.close)  # a GL context must go before the interpreter does
+        atexit.register(lambda: (close := closing()) and close())
 
     def begin(self, seed: int) -> None:
         self.sim.seed(seed)

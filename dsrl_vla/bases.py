@@ -1,0 +1,36 @@
+"""Bases by URI: ``nano:``, ``transformers:owner/name@revision``, ``flow-mlp:<folder>``.
+
+An adapter registers under the entry-point group ``dsrl_vla.adapters``; its target is a callable
+``load(source, *, dtype=…, device=…, uri=…) -> FrozenPolicy``. Another distribution can add one.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from .entry_points import load, names
+from .errors import bad
+from .policy import FrozenPolicy
+
+GROUP = "dsrl_vla.adapters"
+
+
+def adapters() -> dict[str, str]:
+    """Registered adapters: name -> where the loader lives."""
+    return names(GROUP)
+
+
+def load_base(uri: str, **options: Any) -> FrozenPolicy:
+    """Load a frozen base from its URI, ``<adapter>:<source>``.
+
+    Args:
+        options: passed to the adapter: ``dtype``, ``device``, and its own.
+
+    Raises:
+        UnknownNameError: no such adapter; names the nearest. NotSteerableError: the policy takes no initial
+            noise. MissingExtraError: the adapter's package is not installed.
+    """
+    name, colon, source = uri.partition(":")
+    if not colon:
+        raise bad("base", "'<adapter>:<source>' such as 'nano:' or 'transformers:owner/name@revision'", f"'{uri}'")
+    return load(GROUP, "adapter", name)(source, uri=uri, **options)

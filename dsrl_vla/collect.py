@@ -1,0 +1,107 @@
+"""Collection: run the head (or base noise, while warming up) and fill the replay."""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from .head import SteeringHead
+from .latent_sac import SACConfig
+from .observation import select
+from .policy import FrozenPolicy
+from .replay import Replay
+from .rollout import VectorTask, episode_generators
+
+
+@dataclass
+class _Pending:
+    """Transitions whose next observation has not been encoded yet."""
+
+    now: np.ndarray
+    latent: torch.Tensor
+    reward: np.ndarray
+    discount: np.ndarray
+    rows: np.ndarray
+
+
+class Collector:
+    """Steps a vector task one decision at a time; one prefix pass each, plus one for episodes that time out.
+
+    Owns the order of training episodes: episode i of a run has seed ``first_seed + i``.
+    """
+
+    def __init__(self, base: FrozenPolicy, head: SteeringHead, task: VectorTask, replay: Replay, *, sac: SACConfig, first_seed: int):
+        self.base, self.head, self.task, self.replay = base, head, task, replay
+        self.sac, self.first_seed = sac, first_seed
+        self.episodes = self.env_steps = self.decisions = 0
+        self.recent: deque[bool] = deque(maxlen=50)
+        self._pending: _Pending | None = None
+        self._start()
+
+    def _next_seed(self) -> int:
+        self.episodes += 1
+        return self.first_seed + self.episodes - 1
+
+    def _start(self) -> None:
+        seeds = [self._next_seed() for _ in range(self.task.config.num_envs)]
+        self.streams = episode_generators(seeds)
+        self.observations = self.task.reset(seeds)
+
+    def resume(self, episodes: int, env_steps: int, decisions: int) -> None:
+        """Go on counting from a checkpoint; episodes that were under way start anew, with new seeds."""
+        self.episodes, self.env_steps, self.decisions = episodes, env_steps, decisions
+        self._pending = None
+        self._start()
+
+    @torch.no_grad()
+    def step(self, warm_up: bool) -> None:
+        """One decision in every environment."""
+        encoding = self.base.encode(self.observations)
+        inputs = self.head.read(self.observations, encoding)
+        numbers = self.replay.observe(inputs)
+        self._settle(numbers)
+        layout = self.head.layout
+        latent = layout.sample(self.streams)[:, 0] if warm_up else self.head.latent(inputs, self.streams)
+        noise = layout.expand(latent).unsqueeze(1)
+        chunks = self.base.denoise(encoding, noise)[:, 0, : self.base.spec.executed_steps]
+        result = self.task.step(chunks.numpy())
+        reward = self.sac.chunk_reward(result.rewards, result.steps)
+        discount = np.where(result.terminated, 0.0, self.sac.gamma**result.steps)
+        self.env_steps += int(result.steps.sum())
+        self.decisions += len(numbers)
+        alive = np.flatnonzero(~result.done)
+        self._pending = _Pending(numbers[alive], latent[alive], reward[alive], discount[alive], alive)
+        self.observations = result.observations
+        if result.done.any():
+            self._finish(result, numbers, latent, reward, discount)
+
+    def _settle(self, numbers: np.ndarray) -> None:
+        """Complete the transitions of the previous decision with the observations just stored."""
+        if self._pending is not None and len(self._pending.rows):
+            p = self._pending
+            self.replay.add(p.now, p.latent, p.reward, p.discount, numbers[p.rows])
+        self._pending = None
+
+    def _finish(self, result, numbers: np.ndarray, latent: torch.Tensor, reward: np.ndarray, discount: np.ndarray) -> None:
+        """Store the last transitions of finished episodes and start new ones. A timeout bootstraps."""
+        ended = np.flatnonzero(result.terminated)
+        self.replay.add(numbers[ended], latent[ended], reward[ended], discount[ended], numbers[ended])
+        late = np.flatnonzero(result.truncated & ~result.terminated)
+        if len(late):
+            final = select(result.observations, list(late))
+            then = self.replay.observe(self.head.read(final, self.base.encode(final)))
+            self.replay.add(numbers[late], latent[late], reward[late], discount[late], then)
+        seeds: list[int | None] = [None] * len(numbers)
+        for i in np.flatnonzero(result.done):
+            self.recent.append(bool(result.success[i]))
+            seeds[i] = self._next_seed()
+            self.streams[i] = episode_generators([seeds[i]])[0]  # type: ignore[list-item]
+        self.observations = self.task.reset(seeds)
+
+    @property
+    def success(self) -> float:
+        """Share of successes among the last 50 finished episodes; NaN before the first."""
+        return float(np.mean(self.recent)) if self.recent else float("nan")

@@ -1,0 +1,117 @@
+"""Paired, seeded evaluation: base, controls and head on the same episodes, none of them seen in training."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from statistics import NormalDist
+from typing import Any
+
+import numpy as np
+
+from . import seeds as seed_ranges
+from .head import SteeringHead
+from .noise import NoiseLayout
+from .policy import FrozenPolicy
+from .rollout import Episode, VectorTask, run_episodes
+from .sources import HeadNoise, LayoutNoise, NoiseSource, PriorNoise, ZeroNoise
+
+_Z = NormalDist().inv_cdf(0.975)
+
+
+def wilson(successes: int, episodes: int) -> tuple[float, float]:
+    """Wilson's 95 % interval of a success rate."""
+    if episodes == 0:
+        return 0.0, 1.0
+    p, z2 = successes / episodes, _Z**2 / episodes
+    centre, half = p + z2 / 2, _Z * math.sqrt(p * (1 - p) / episodes + z2 / (4 * episodes))
+    return max(0.0, (centre - half) / (1 + z2)), min(1.0, (centre + half) / (1 + z2))
+
+
+@dataclass(frozen=True)
+class Measure:
+    """Success of one way of picking noise."""
+
+    episodes: tuple[Episode, ...]
+
+    @property
+    def success(self) -> float:
+        """Share of successful episodes."""
+        return float(np.mean([e.success for e in self.episodes]))
+
+    def to_json(self) -> dict[str, Any]:
+        """``{"success", "ci95", "mean_steps"}``."""
+        low, high = wilson(sum(e.success for e in self.episodes), len(self.episodes))
+        steps = float(np.mean([e.steps for e in self.episodes]))
+        return {"success": self.success, "ci95": [round(low, 4), round(high, 4)], "mean_steps": round(steps, 1)}
+
+
+def paired_difference(a: Measure, b: Measure) -> dict[str, Any]:
+    """Success of `b` less that of `a` over the same episodes, with a bootstrap interval."""
+    gain = np.array([y.success - float(x.success) for x, y in zip(a.episodes, b.episodes, strict=True)])
+    rng = np.random.default_rng(0)
+    means = gain[rng.integers(0, len(gain), (10_000, len(gain)))].mean(1)
+    return {"mean": float(gain.mean()), "ci95": [round(float(q), 4) for q in np.quantile(means, (0.025, 0.975))]}
+
+
+def control_sources(base: FrozenPolicy, layout: NoiseLayout) -> dict[str, NoiseSource]:
+    """What a gain has to beat: constant zero, the prior cut at the head's bound, the layout at random."""
+    return {
+        "zero": ZeroNoise(base.spec.noise),
+        "clipped": PriorNoise(base.spec.noise, clip=layout.bound),
+        "layout": LayoutNoise(layout),
+    }
+
+
+def measure(
+    base: FrozenPolicy, task: VectorTask, source: NoiseSource, seeds: Sequence[int], trial: int = 0,
+    on_episode: Callable[[Episode], None] = lambda _: None,
+) -> Measure:
+    """Run one episode per seed."""
+    return Measure(tuple(run_episodes(base, task, source, seeds, trial=trial, on_episode=on_episode)))
+
+
+def measure_base(
+    base: FrozenPolicy, task: VectorTask, layout: NoiseLayout, seeds: Sequence[int], controls: bool,
+    on_episode: Callable[[Episode], None] = lambda _: None,
+) -> dict[str, Measure]:
+    """The base under its own noise, and the controls. Independent of any head: reusable across training seeds."""
+    sources: dict[str, NoiseSource] = {"base": PriorNoise(base.spec.noise)}
+    if controls:
+        sources |= control_sources(base, layout)
+    return {name: measure(base, task, source, seeds, on_episode=on_episode) for name, source in sources.items()}
+
+
+def evaluate(
+    base: FrozenPolicy, head: SteeringHead, task: VectorTask, episodes: int = 100, controls: bool = True,
+    first_seed: int = seed_ranges.EVALUATION, on_episode: Callable[[Episode], None] = lambda _: None,
+    known: Mapping[str, Measure] | None = None,
+) -> dict[str, Any]:
+    """Measure a head against its base; return what ``eval.json`` holds.
+
+    Args:
+        known: measures of the base and of controls on these very seeds, from `measure_base`, not to be run again.
+
+    Returns:
+        ``{"task", "episodes", "seeds", "base", "steered", "steered_stochastic", "controls", "difference"}``;
+        success in [0, 1], ``ci95`` as [low, high].
+    """
+    head.check_base(base.spec)
+    seeds = seed_ranges.block(first_seed, episodes)
+    found = dict(known or measure_base(base, task, head.layout, seeds, controls, on_episode))
+    head.eval()
+    steered = measure(base, task, HeadNoise(head), seeds, on_episode=on_episode)
+    stochastic = measure(base, task, HeadNoise(head, deterministic=False), seeds, on_episode=on_episode)
+    own = found.pop("base")
+    return {
+        "task": task.info.uri,
+        "base_uri": base.spec.uri,
+        "episodes": episodes,
+        "seeds": [seeds[0], seeds[-1]],
+        "base": own.to_json(),
+        "steered": steered.to_json(),
+        "steered_stochastic": stochastic.to_json(),
+        "difference": paired_difference(own, steered),
+        "controls": {name: m.to_json() for name, m in found.items()},
+    }

@@ -1,0 +1,105 @@
+"""Pictures of a run: the curve, and base and steered side by side on the same episode."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .errors import missing_extra
+from .policy import FrozenPolicy
+from .rollout import TaskConfig, episode_generators
+from .sources import HeadNoise, NoiseSource, PriorNoise
+from .tasks import make_task
+
+_STEERED, _BASE = "#0b6e99", "#b5651d"
+
+
+def draw_curves(path: Path, rows: list[dict[str, Any]], result: dict[str, Any] | None) -> None:
+    """Draw success against environment steps, with the base's success and the final evaluation, as a PNG."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.6), width_ratios=(1.6, 1))
+    train = [(r["env_steps"], r["success"]) for r in rows if r.get("success") is not None and "success" in r]
+    held = [(r["env_steps"], r["validation_success"]) for r in rows if "validation_success" in r]
+    if train:
+        left.plot(*zip(*train, strict=True), color=_STEERED, alpha=0.35, label="training, last 50 episodes")
+    if held:
+        left.plot(*zip(*held, strict=True), "o-", color=_STEERED, label="validation, deterministic head")
+    if result:
+        base = result["base"]
+        left.axhline(base["success"], color=_BASE, ls="--", label="base")
+        left.axhspan(*base["ci95"], color=_BASE, alpha=0.12)
+        left.set_title(result["task"], fontsize=10)
+        _bars(right, result)
+    left.set(xlabel="environment steps", ylabel="success", ylim=(-0.03, 1.03))
+    left.legend(fontsize=8, loc="lower right")
+    figure.tight_layout()
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+def _bars(axis: Any, result: dict[str, Any]) -> None:
+    named = {"base": result["base"]} | {f"{k} noise": v for k, v in result["controls"].items()}
+    named |= {"steered": result["steered"], "steered,\nstochastic": result["steered_stochastic"]}
+    heights = np.array([m["success"] for m in named.values()])
+    low, high = np.array([m["ci95"] for m in named.values()]).T
+    colours = [_STEERED if name.startswith("steered") else _BASE for name in named]
+    errors = np.clip([heights - low, high - heights], 0, None)
+    axis.barh(list(named), heights, xerr=errors, color=colours, alpha=0.85, capsize=3)
+    axis.invert_yaxis()
+    axis.set(xlim=(0, 1.03), xlabel=f"success, {result['episodes']} held-out episodes")
+    axis.tick_params(labelsize=8)
+
+
+def film(base: FrozenPolicy, config: TaskConfig, source: NoiseSource, seed: int, size: int = 256) -> tuple[np.ndarray, bool]:
+    """Play one episode and film it: uint8 (T, size, size, 3), and whether it succeeded."""
+    env = make_task(config.uri, max_episode_steps=config.max_episode_steps)
+    streams = episode_generators([seed])
+    observation, _ = env.reset(seed=seed)
+    frames, steps, over, success = [env.frame(size)], 0, False, False
+    while not over:
+        observations = {k: v[None] for k, v in observation.items()} | {"task": [env.info.prompt]}
+        encoding = base.encode(observations)
+        chunk = base.denoise(encoding, source(observations, encoding, streams))[0, 0, : base.spec.executed_steps]
+        for row in chunk.numpy():
+            _, success, terminated = env.advance(row)
+            steps += 1
+            frames.append(env.frame(size))
+            over = terminated or steps >= config.max_episode_steps
+            if over:
+                break
+        observation = env.observe()
+    env.close()
+    return np.stack(frames), success
+
+
+def write_video(path: Path, base: FrozenPolicy, head: Any, config: TaskConfig, seeds: list[int]) -> None:
+    """Write an MP4 of base (left) and steered (right) on the same episodes, one seed after the other."""
+    try:
+        import imageio.v3 as iio
+    except ImportError as error:
+        raise missing_extra("imageio", "demo", "writing videos") from error
+    reel = []
+    for seed in seeds:
+        pair = [film(base, config, s, seed) for s in (PriorNoise(base.spec.noise), HeadNoise(head))]
+        length = max(len(frames) for frames, _ in pair) + 10
+        sides = [_finish(frames, success, length) for frames, success in pair]
+        reel.append(np.concatenate(sides, 2))
+    iio.imwrite(path, np.concatenate(reel), fps=30, codec="libx264", plugin="pyav")
+
+
+def _finish(frames: np.ndarray, success: bool, length: int) -> np.ndarray:
+    """Hold the last frame to `length`, framed in green where the episode succeeded and in red where not."""
+    held = np.concatenate([frames, np.repeat(frames[-1:], length - len(frames), 0)])
+    colour, edge = (np.array([40, 160, 60]) if success else np.array([190, 50, 40])), 6
+    border = held[len(frames) - 1 :]
+    border[:, :edge] = border[:, -edge:] = border[:, :, :edge] = border[:, :, -edge:] = colour
+    return held
+
+
+__all__ = ["draw_curves", "film", "write_video"]

@@ -1,0 +1,186 @@
+"""``dsrl-vla pretrain``: demonstrations, behaviour cloning, measurement, and a folder in Hub format."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+from tqdm import tqdm
+
+from . import seeds as seed_ranges
+from .adapters.pi0_processing import Pi0Processing
+from .adapters.transformers_pi0 import TransformersPi0
+from .errors import bad
+from .evaluation import measure
+from .nano.clone import CloneConfig, clone
+from .nano.demos import DemoConfig, collect
+from .nano.model import NanoConfig
+from .observation import IMAGE_PREFIX, PROMPT, Observations
+from .policy import Encoding, FrozenPolicy
+from .recipe import from_plain, shipped
+from .rollout import TaskConfig, VectorTask
+from .run_dir import disk_errors, write_json, write_text
+from .sources import PriorNoise
+
+
+@dataclass(frozen=True)
+class PretrainRecipe:
+    """A nano base, as data."""
+
+    name: str = "nano"
+    description: str = ""
+    demos: DemoConfig = field(default_factory=DemoConfig)
+    clone: CloneConfig = field(default_factory=CloneConfig)
+    model: NanoConfig = field(default_factory=NanoConfig)
+    episodes: int = 100
+    """Episodes per task and condition of the measurement that goes on the card."""
+    threads: int = 1
+
+
+def load_pretrain_recipe(source: str | Path) -> PretrainRecipe:
+    """Read a pretraining recipe: a shipped name or a YAML file.
+
+    Raises:
+        DsrlError: no such recipe, an unknown key, a value of the wrong type.
+    """
+    path = shipped().get(str(source), Path(source))
+    if not path.is_file():
+        raise bad("recipe", "a YAML file or the name of a shipped pretraining recipe", f"'{source}'")
+    return from_plain(PretrainRecipe, yaml.safe_load(path.read_text()) or {}, "")
+
+
+def pretrain(recipe: PretrainRecipe, out: Path) -> FrozenPolicy:
+    """Clone a nano base and measure it; leave a Hub-format folder at `out`.
+
+    Raises:
+        DsrlError: `out` already holds a base, or an unknown task.
+    """
+    if (out / "config.json").exists():
+        raise bad(str(out), "a new folder", "one that holds a base")
+    torch.set_num_threads(recipe.threads)
+    with tqdm(total=len(recipe.demos.tasks) * recipe.demos.episodes, desc="demonstrations", unit="episode", disable=None) as bar:
+        demos = collect(recipe.demos, lambda *_: bar.update())
+    with tqdm(total=recipe.clone.steps, desc="behaviour cloning", unit="step", disable=None) as bar:
+
+        def report(_: int, losses: dict[str, float]) -> None:
+            bar.update()
+            bar.set_postfix({k: f"{v:.3f}" for k, v in losses.items()}, refresh=False)
+
+        model, tokenizer, statistics = clone(demos, recipe.clone, recipe.model, report)
+    with disk_errors(out):
+        out.mkdir(parents=True, exist_ok=True)
+        model.save_pretrained(out)
+        tokenizer.save_pretrained(out)
+        statistics.save(out)
+        write_text(out / "pretrain.yaml", yaml.safe_dump(json.loads(json.dumps(asdict(recipe))), sort_keys=False))
+    base = TransformersPi0(model, Pi0Processing(statistics, tokenizer, recipe.model.max_state_dim), uri=f"nano:{out}")
+    write_results(out, recipe, base, demos.expert_success)
+    return base
+
+
+def write_results(out: Path, recipe: PretrainRecipe, base: FrozenPolicy, expert: dict[str, float]) -> dict[str, Any]:
+    """Measure a base; write ``eval.json`` and the model card."""
+    results = measure_nano(base, recipe)
+    results["demonstrations_success"] = expert
+    write_json(out / "eval.json", results)
+    write_text(out / "README.md", model_card(recipe, results))
+    return results
+
+
+class Swapped(FrozenPolicy):
+    """A base that is shown another prompt, or the image of another episode, to see how far each matters."""
+
+    def __init__(self, base: FrozenPolicy, prompt: str | None = None, shuffle_images: bool = False):
+        self.base, self.spec, self.prompt, self.shuffle = base, base.spec, prompt, shuffle_images
+
+    def _encode(self, observations: Observations, batch: int) -> Encoding:
+        changed = dict(observations)
+        if self.prompt is not None:
+            changed[PROMPT] = [self.prompt] * batch
+        if self.shuffle:
+            for name in self.spec.observation.cameras:
+                changed[IMAGE_PREFIX + name] = np.roll(observations[IMAGE_PREFIX + name], 1, axis=0)
+        return self.base.encode(changed)
+
+    def _denoise(self, encoding: Encoding, noise: torch.Tensor) -> torch.Tensor:
+        return self.base.denoise(encoding, noise)
+
+    def state_dict(self) -> Any:
+        return self.base.state_dict()
+
+
+def measure_nano(base: FrozenPolicy, recipe: PretrainRecipe) -> dict[str, Any]:
+    """Success per task: as it is, with the next task's prompt, and with another episode's image."""
+    from .tasks.metaworld import prompts
+
+    tasks = recipe.demos.tasks
+    seeds = seed_ranges.block(seed_ranges.EVALUATION, recipe.episodes)
+    source = PriorNoise(base.spec.noise)
+    results: dict[str, Any] = {"episodes": recipe.episodes, "seeds": [seeds[0], seeds[-1]], "tasks": {}}
+    with tqdm(total=3 * len(tasks) * recipe.episodes, desc="measuring", unit="episode", disable=None) as bar:
+        for index, name in enumerate(tasks):
+            other = prompts()[tasks[(index + 1) % len(tasks)]]
+            variants: dict[str, FrozenPolicy] = {"base": base, "another_prompt": Swapped(base, prompt=other)}
+            variants["another_image"] = Swapped(base, shuffle_images=True)
+            config = TaskConfig(f"metaworld:{name}", recipe.demos.max_episode_steps)
+            with VectorTask(config, base.spec.executed_steps) as task:
+                found = {k: measure(p, task, source, seeds, on_episode=lambda _: bar.update()) for k, p in variants.items()}
+            results["tasks"][name] = {k: m.to_json() for k, m in found.items()} | {"other_prompt": other}
+    return results
+
+
+def model_card(recipe: PretrainRecipe, results: dict[str, Any]) -> str:
+    """The card of a nano base: what it is, how it was made, how it was measured."""
+    rows = [
+        "| task | its own prompt and image | another task's prompt | another episode's image | demonstrations |",
+        "|---|---|---|---|---|",
+    ]
+    for name, found in results["tasks"].items():
+        cells = [f"{found[k]['success']:.2f} [{found[k]['ci95'][0]:.2f}, {found[k]['ci95'][1]:.2f}]" for k in ("base", "another_prompt", "another_image")]
+        rows.append(f"| {name} | {' | '.join(cells)} | {results['demonstrations_success'][name]:.2f} |")
+    d, c = recipe.demos, recipe.clone
+    return f"""---
+library_name: transformers
+pipeline_tag: robotics
+license: apache-2.0
+tags: [robotics, pi0, metaworld, dsrl-vla]
+---
+# {recipe.name}: a miniature π0
+
+A `PI0ForConditionalGeneration` with a tiny configuration, cloned from imperfect demonstrations so that there is
+something to steer. It sees a {recipe.model.image_size}-pixel image, a state and a prompt, and emits chunks of {recipe.model.chunk} actions.
+
+## How it was made
+
+`dsrl-vla pretrain` with the recipe in `pretrain.yaml`. {d.episodes} demonstrations per task come from MetaWorld's
+own scripted experts. In {d.offset_share:.0%} of the episodes the operator is mis-calibrated: the expert sees the object
+{d.offset * 100:g} cm to the side and mostly fails; failures are kept. The hand shakes with a deviation of {d.action_noise:g}.
+These data are synthetic and make no claim to resemble people's. Loose objects are tracked in the state; articulated
+fixtures (the drawer) are not, so the policy has to see them. {c.wait_share:.0%} of the training samples carry another
+task's prompt, for which the demonstration is to hold still. {c.steps} steps of flow matching, batch {c.batch}.
+
+## How well it does
+
+Success over {results['episodes']} episodes per cell (seeds {results['seeds'][0]} to {results['seeds'][1]}, never trained on), with Wilson 95 %
+intervals. One training seed.
+
+{chr(10).join(rows)}
+
+## Limits
+
+It is mediocre on purpose and for one reason: its demonstrations are. It is a test bed, not a robot policy.
+"""
+
+
+def copy_base(source: Path, target: Path) -> None:
+    """Copy the files of a base, and nothing else."""
+    target.mkdir(parents=True, exist_ok=True)
+    for path in sorted(source.iterdir()):
+        if path.suffix in (".json", ".safetensors", ".md", ".yaml"):
+            shutil.copy2(path, target / path.name)

@@ -1,0 +1,106 @@
+"""The attach-time probe: does noise decide this policy's actions, and do its inputs matter?
+
+Many policies accept a ``noise`` argument and silently ignore it; DDPM samplers draw more of it on the way.
+Either way a head would be trained on nothing, so such a base is refused before anything else happens.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from .errors import NotSteerableError, bad
+from .noise import generators
+from .observation import IMAGE_PREFIX, PROMPT, Observations, unsqueeze
+from .policy import FrozenPolicy
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class ProbeReport:
+    """What the probe saw. Effects are the largest absolute change of any action, in environment units."""
+
+    deterministic: bool
+    noise_effect: float
+    per_column: tuple[float, ...]
+    """Effect of each noise column alone; padding columns often are not zero."""
+    image_effect: float | None
+    """None: the base declares no camera."""
+    prompt_effect: float | None
+    """None: the base declares no prompt."""
+
+
+def probe(base: FrozenPolicy, observation: dict) -> ProbeReport:
+    """Probe a base on one observation (a single one, not a batch).
+
+    Raises:
+        NotSteerableError: the same noise gives different actions, or different noises the same action.
+        DsrlError: the actions' shape is not as `base.spec` declares, or they are not finite.
+    """
+    observations = unsqueeze(observation)
+    spec = base.spec
+    encoding = base.encode(observations)
+    noise = spec.noise.sample(generators([0]), count=4)
+    actions = base.denoise(encoding, noise)
+    wanted = (1, 4, spec.noise.horizon, spec.action_dim)
+    if tuple(actions.shape) != wanted:
+        raise bad(f"{spec.uri}: actions", f"shape (B, K, H, A) = {wanted}", tuple(actions.shape))
+    if not torch.isfinite(actions).all():
+        raise bad(f"{spec.uri}: actions", "finite values", "NaN or infinity")
+    again = base.denoise(base.encode(observations), noise)
+    if not torch.equal(actions, again):
+        raise NotSteerableError(
+            f"{spec.uri}: expected the same noise to give the same action, got actions that differ by "
+            f"{_effect(actions, again):.3g}. Its sampler draws more noise on the way (DDPM, dropout?). Choose a "
+            "deterministic one: DDIM for diffusion, an ODE solver for flow matching, and evaluation mode."
+        )
+    effect = _effect(actions[:, 1:], actions[:, :1])
+    if effect == 0.0:
+        raise NotSteerableError(
+            f"{spec.uri}: expected different noises to give different actions, got the same action for all. The "
+            "policy ignores its noise argument, or its sampler never uses it: it cannot be steered this way."
+        )
+    report = ProbeReport(
+        deterministic=True,
+        noise_effect=effect,
+        per_column=_columns(base, encoding, noise[:, :1]),
+        image_effect=_image_effect(base, observations, noise, actions),
+        prompt_effect=_prompt_effect(base, observations, noise, actions),
+    )
+    for name, value in (("image", report.image_effect), ("prompt", report.prompt_effect)):
+        if value == 0.0:
+            log.warning("%s: its %s does not change its actions, though it declares one.", spec.uri, name)
+    return report
+
+
+def _effect(a: torch.Tensor, b: torch.Tensor) -> float:
+    return float((a - b).abs().max())
+
+
+def _columns(base: FrozenPolicy, encoding, noise: torch.Tensor) -> tuple[float, ...]:
+    dim = base.spec.noise.dim
+    shifted = noise.repeat(1, dim + 1, 1, 1)
+    for column in range(dim):
+        shifted[:, column + 1, :, column] += 0.5
+    actions = base.denoise(encoding, shifted)
+    return tuple(_effect(actions[:, i + 1], actions[:, 0]) for i in range(dim))
+
+
+def _image_effect(base: FrozenPolicy, observations: Observations, noise: torch.Tensor, actions: torch.Tensor) -> float | None:
+    if not base.spec.observation.cameras:
+        return None
+    changed = dict(observations)
+    for name in base.spec.observation.cameras:
+        changed[IMAGE_PREFIX + name] = 255 - np.asarray(observations[IMAGE_PREFIX + name])
+    return _effect(base.denoise(base.encode(changed), noise), actions)
+
+
+def _prompt_effect(base: FrozenPolicy, observations: Observations, noise: torch.Tensor, actions: torch.Tensor) -> float | None:
+    if not base.spec.observation.prompt:
+        return None
+    changed = {**observations, PROMPT: ["push and close the window"]}
+    return _effect(base.denoise(base.encode(changed), noise), actions)

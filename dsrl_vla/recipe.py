@@ -1,0 +1,225 @@
+"""A recipe: everything a run needs, as data. YAML in, validated frozen dataclasses out.
+
+A recipe may say ``extends: <name>`` and then only what differs. Unknown keys are refused with the nearest
+name; every value is checked when the dataclass that holds it is built.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, is_dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from .critic import CriticConfig
+from .errors import DsrlError, bad, unknown
+from .latent_sac import SACConfig
+from .networks import NetworkConfig
+from .rollout import TaskConfig
+
+
+@dataclass(frozen=True)
+class BaseConfig:
+    """Which frozen policy."""
+
+    uri: str = "nano:"
+    """``<adapter>:<source>``; see ``dsrl-vla adapters``."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    device: str = "cpu"
+
+
+@dataclass(frozen=True)
+class NoiseConfig:
+    """How the head's latent becomes noise."""
+
+    layout: str = "repeat"
+    """repeat, chunk or knots:<n>; `dsrl-vla preflight` recommends one."""
+    bound: float = 1.5
+    """Greatest absolute noise a head may pick."""
+    columns: Literal["live", "all"] = "live"
+    """Steer the columns of real actions, the padding fixed at zero; or all of them."""
+
+
+@dataclass(frozen=True)
+class HeadSection:
+    """The steering head."""
+
+    network: NetworkConfig = field(default_factory=NetworkConfig)
+    cameras: tuple[str, ...] = ()
+    """Cameras the head looks at itself, beside the base's feature."""
+    image_size: int = 32
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """The training loop."""
+
+    env_steps: int = 15_000
+    """Environment steps of collection; validation episodes are counted apart."""
+    learning_starts: int = 300
+    """Decisions of base noise before the first update."""
+    gradient_steps: float = 1.0
+    """Updates per decision."""
+    replay_capacity: int = 50_000
+    validate_every: int = 2_500
+    """Environment steps between validations, which choose the best head."""
+    validation_episodes: int = 20
+    checkpoint_every: int = 5_000
+    """Environment steps between checkpoints."""
+    seed: int = 0
+    threads: int = 1
+    """Torch threads; small networks are fastest, and repeatable, on one."""
+    tracker: Literal["none", "tensorboard", "wandb", "trackio"] = "none"
+
+    def __post_init__(self) -> None:
+        least = {"env_steps": 1, "learning_starts": 1, "replay_capacity": 1, "validate_every": 1}
+        for name in (*least, "validation_episodes", "checkpoint_every", "threads"):
+            if getattr(self, name) < 1:
+                raise bad(f"train.{name}", "1 or more", getattr(self, name))
+        if self.gradient_steps <= 0:
+            raise bad("train.gradient_steps", "above 0", self.gradient_steps)
+        if self.seed < 0:
+            raise bad("train.seed", "0 or more", self.seed)
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """The paired evaluation that ends a run."""
+
+    episodes: int = 100
+    controls: bool = True
+    """Also measure zero, clipped and random-in-layout noise on the same seeds."""
+    video_episodes: int = 2
+
+    def __post_init__(self) -> None:
+        if self.episodes < 1:
+            raise bad("eval.episodes", "1 or more", self.episodes)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A whole run."""
+
+    name: str = "unnamed"
+    description: str = ""
+    base: BaseConfig = field(default_factory=BaseConfig)
+    task: TaskConfig = field(default_factory=TaskConfig)
+    noise: NoiseConfig = field(default_factory=NoiseConfig)
+    head: HeadSection = field(default_factory=HeadSection)
+    critic: CriticConfig = field(default_factory=CriticConfig)
+    sac: SACConfig = field(default_factory=SACConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+
+    def to_yaml(self) -> str:
+        """The resolved recipe, every field written out."""
+        return yaml.safe_dump(_plain(dataclasses.asdict(self)), sort_keys=False)
+
+
+def shipped() -> dict[str, Path]:
+    """Recipes in the package: name -> file."""
+    folder = Path(str(resources.files("dsrl_vla.recipes")))
+    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+
+
+def load_recipe(source: str | Path, overrides: Mapping[str, Any] | None = None) -> Recipe:
+    """Load a shipped recipe by name, or a YAML file.
+
+    Args:
+        overrides: nested, applied last: ``{"sac": {"gamma": 0.999}}``.
+
+    Raises:
+        UnknownNameError: no such recipe or key; names the nearest. DsrlError: a value of the wrong type or
+            out of range.
+    """
+    tree = _read(source)
+    tree = _merge(tree, dict(overrides or {}))
+    tree.setdefault("name", Path(str(source)).stem)
+    return from_plain(Recipe, tree, "")
+
+
+def _read(source: str | Path, seen: tuple[str, ...] = ()) -> dict[str, Any]:
+    path = Path(source)
+    if path.suffix not in (".yaml", ".yml"):
+        known = shipped()
+        if str(source) not in known:
+            raise unknown("recipe", str(source), known)
+        path = known[str(source)]
+    if not path.is_file():
+        raise bad("recipe", "an existing YAML file or the name of a shipped recipe", f"'{source}'")
+    if str(path) in seen:
+        raise bad(f"{path.name}: extends", "recipes that do not extend each other in a circle", " -> ".join(seen))
+    try:
+        tree = yaml.safe_load(path.read_text()) or {}
+    except yaml.YAMLError as error:
+        raise bad(f"recipe '{source}'", "YAML", " ".join(str(error).split())) from error
+    if not isinstance(tree, dict):
+        raise bad(f"recipe '{source}'", "a mapping of sections", type(tree).__name__)
+    parent = tree.pop("extends", None)
+    if parent is None:
+        return tree
+    local = path.parent / str(parent)
+    return _merge(_read(local if local.is_file() else parent, (*seen, str(path))), tree)
+
+
+def _merge(under: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(under)
+    for key, value in over.items():
+        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = _merge(merged[key], value) if both else value
+    return merged
+
+
+def from_plain(cls: type, tree: Any, where: str) -> Any:
+    """Build a dataclass from plain data, strictly: no unknown key, no value of another type."""
+    if not isinstance(tree, Mapping):
+        raise bad(where or "recipe", f"a mapping with keys {', '.join(f.name for f in fields(cls))}", repr(tree))
+    hints = typing.get_type_hints(cls)
+    values = {}
+    for key, value in tree.items():
+        name = f"{where}.{key}" if where else str(key)
+        if key not in hints:
+            raise unknown("recipe key", name, [f"{where}.{h}" if where else h for h in hints])
+        values[key] = _convert(hints[key], value, name)
+    return cls(**values)
+
+
+def _convert(kind: Any, value: Any, name: str) -> Any:
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if is_dataclass(kind):
+        return from_plain(typing.cast(type, kind), value, name)
+    if origin is Literal:
+        if value not in arguments:
+            raise bad(name, " or ".join(map(str, arguments)), repr(value))
+        return value
+    if origin is tuple:
+        if not isinstance(value, (list, tuple)):
+            raise bad(name, "a list", repr(value))
+        return tuple(_convert(arguments[0], item, f"{name}[{i}]") for i, item in enumerate(value))
+    if arguments and type(None) in arguments:
+        inner = next(a for a in arguments if a is not type(None))
+        return None if value is None else _convert(inner, value, name)
+    if kind is float and isinstance(value, (int, float)) and not isinstance(value, bool):
+        return float(value)
+    if kind is float and isinstance(value, str):  # YAML 1.1 reads 3e-4 as text
+        try:
+            return float(value)
+        except ValueError:
+            pass
+    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+        raise bad(name, f"{kind.__name__}", repr(value))
+    return value
+
+
+def _plain(tree: Any) -> Any:
+    if isinstance(tree, dict):
+        return {key: _plain(value) for key, value in tree.items()}
+    return [_plain(item) for item in tree] if isinstance(tree, (list, tuple)) else tree
+
+
+__all__ = ["BaseConfig", "DsrlError", "EvalConfig", "HeadSection", "NoiseConfig", "Recipe", "TrainConfig", "load_recipe", "shipped"]

@@ -1,0 +1,148 @@
+"""Preflight: is this base steerable on this task, in which layout, and how much is there to gain?
+
+Everything is measured in success on seeded episodes: the base under its own noise, constant zero noise, the
+prior cut at several bounds, and every layout at random. A layout under which random noise already fails
+(repeated noise breaks some fine-tuned policies) leaves a head nothing to learn from.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from . import seeds as seed_ranges
+from .errors import bad
+from .evaluation import Measure, measure, wilson
+from .noise import NoiseLayout, generators
+from .policy import FrozenPolicy
+from .probing import probe
+from .rollout import Episode, VectorTask
+from .sources import LayoutNoise, NoiseSource, PriorNoise, ZeroNoise
+from .training import example
+
+
+@dataclass(frozen=True)
+class PreflightConfig:
+    """How much to measure."""
+
+    episodes: int = 30
+    """Episodes per condition."""
+    best_of: int = 4
+    """Noise draws per episode behind the best-of-K headroom."""
+    layouts: tuple[str, ...] = ("repeat", "knots:2", "knots:4", "chunk")
+    bounds: tuple[float, ...] = (1.0, 1.5, 2.0)
+
+    def __post_init__(self) -> None:
+        if self.episodes < 1 or self.best_of < 1:
+            raise bad("preflight.episodes and preflight.best_of", "1 or more", (self.episodes, self.best_of))
+        if not self.layouts or not self.bounds:
+            raise bad("preflight.layouts and preflight.bounds", "at least one of each", "none")
+
+
+def conditions(base: FrozenPolicy, config: PreflightConfig) -> dict[str, NoiseSource]:
+    """The noise sources that preflight compares, by the name its table shows."""
+    space = base.spec.noise
+    found: dict[str, NoiseSource] = {"base": PriorNoise(space), "zero": ZeroNoise(space)}
+    if space.prior == "normal":
+        found |= {f"clipped {b:g}": PriorNoise(space, clip=b) for b in config.bounds}
+    middle = sorted(config.bounds)[len(config.bounds) // 2]
+    for name in config.layouts:
+        found[f"layout {name}"] = LayoutNoise(NoiseLayout(space, name, middle))
+    return found
+
+
+def preflight(
+    base: FrozenPolicy, task: VectorTask, config: PreflightConfig | None = None,
+    on_episode: Callable[[str, Episode], None] = lambda *_: None,
+) -> dict[str, Any]:
+    """Measure a base on a task; return what ``preflight.json`` holds.
+
+    Raises:
+        NotSteerableError: the base fails the probe.
+    """
+    config = config or PreflightConfig()
+    base.check_task(task.info)
+    observation = example(task)
+    report = probe(base, observation)
+    seeds = seed_ranges.block(seed_ranges.PREFLIGHT, config.episodes)
+    found = {
+        name: measure(base, task, source, seeds, on_episode=lambda e, name=name: on_episode(name, e))
+        for name, source in conditions(base, config).items()
+    }
+    tries = [found["base"]]
+    for trial in range(1, config.best_of):
+        name = f"try {trial + 1}"
+        tick = lambda e, name=name: on_episode(name, e)  # noqa: E731
+        tries.append(measure(base, task, PriorNoise(base.spec.noise), seeds, trial=trial, on_episode=tick))
+    headroom = _headroom(tries)
+    return {
+        "base": base.spec.uri,
+        "task": task.info.uri,
+        "episodes": config.episodes,
+        "seeds": [seeds[0], seeds[-1]],
+        "conditions": {name: m.to_json() for name, m in found.items()},
+        "best_of": {"k": config.best_of, **headroom},
+        "noise_sensitivity": _sensitivity(base, observation),
+        "probe": {
+            "noise_effect": report.noise_effect,
+            "per_column": list(report.per_column),
+            "image_effect": report.image_effect,
+            "prompt_effect": report.prompt_effect,
+        },
+        "recommendation": recommend(base, found, headroom, config),
+    }
+
+
+def _headroom(tries: Sequence[Measure]) -> dict[str, Any]:
+    """Share of episodes that at least one of K noise draws solves: a floor under what choosing noise can give."""
+    won = np.array([[e.success for e in m.episodes] for m in tries]).any(0)
+    low, high = wilson(int(won.sum()), len(won))
+    return {"success": float(won.mean()), "ci95": [round(low, 4), round(high, 4)]}
+
+
+def _sensitivity(base: FrozenPolicy, observation: dict[str, Any], draws: int = 32) -> float:
+    """Deviation of the executed actions across noise draws on one observation, in environment units."""
+    from .observation import unsqueeze
+
+    noise = base.spec.noise.sample(generators([1]), draws)
+    actions = base.denoise(base.encode(unsqueeze(observation)), noise)[0, :, : base.spec.executed_steps]
+    return float(actions.std(0).mean())
+
+
+def recommend(base: FrozenPolicy, found: dict[str, Measure], headroom: dict[str, Any], config: PreflightConfig) -> dict[str, Any]:
+    """Layout and bound from measured success, and whether to steer at all, in words.
+
+    The smallest layout whose random noise does about as well as the base's own (within one standard error of
+    a difference) is taken, since fewer dimensions are learnt faster; so is the largest harmless bound.
+    """
+    own, n = found["base"].success, config.episodes
+    error = np.sqrt(max(own * (1 - own), 0.25 / n) * 2 / n)
+    layouts = {name: found[f"layout {name}"].success for name in config.layouts}
+    size = {name: NoiseLayout(base.spec.noise, name, 1.0).latent_shape[0] for name in config.layouts}
+    good = [name for name in config.layouts if layouts[name] >= own - error]
+    layout = min(good, key=lambda name: size[name]) if good else max(layouts, key=lambda name: layouts[name])
+    bounds = {b: found[f"clipped {b:g}"].success for b in config.bounds if f"clipped {b:g}" in found}
+    harmless = [b for b, success in bounds.items() if success >= max(bounds.values()) - error]
+    middle = sorted(config.bounds)[len(config.bounds) // 2]
+    bound = middle if middle in harmless else max(harmless, default=1.0)
+    words = []
+    zero = found["zero"].success
+    if own >= 0.95:
+        words.append(f"The base already succeeds in {own:.0%} of episodes: steering has next to nothing to gain.")
+    elif headroom["success"] <= own + 0.02 and zero <= own + 0.02:
+        words.append(
+            f"None of {config.best_of} noise draws solves more episodes than one does ({own:.0%}): steering has "
+            "nothing to gain here. The base needs more or other demonstrations."
+        )
+    else:
+        words.append(f"Choosing among {config.best_of} draws would give at least {headroom['success']:.0%} (base {own:.0%}).")
+    if zero > own + error:
+        words.append(f"Constant zero noise already gives {zero:.0%}: a head has to beat that, not the base.")
+    if not good:
+        words.append(
+            f"Every layout at random does worse than the base's own noise; '{layout}' least so. Expect slow learning."
+        )
+    return {"layout": layout, "bound": float(bound), "worth_steering": not words[0].endswith(("gain.", "demonstrations.")), "words": " ".join(words)}

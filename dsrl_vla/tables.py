@@ -1,0 +1,47 @@
+"""Results as tables on a terminal."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+
+def _row(name: str, measure: dict[str, Any]) -> tuple[str, str, str]:
+    low, high = measure["ci95"]
+    return name, f"{measure['success']:.2f}", f"[{low:.2f}, {high:.2f}]"
+
+
+def _table(title: str, rows: list[tuple[str, str, str]]) -> Table:
+    table = Table(title=title)
+    table.add_column("noise")
+    table.add_column("success", justify="right")
+    table.add_column("95 % interval", justify="right")
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
+def print_preflight(result: dict[str, Any]) -> None:
+    """Print what preflight measured and recommends."""
+    rows = [_row(name, m) for name, m in result["conditions"].items()]
+    best = result["best_of"]
+    rows.append(_row(f"best of {best['k']}", best))
+    console = Console()
+    console.print(_table(f"{result['base']} on {result['task']}, {result['episodes']} episodes", rows))
+    advice = result["recommendation"]
+    console.print(f"noise sensitivity of the executed actions: {result['noise_sensitivity']:.3f}")
+    console.print(advice["words"])
+    console.print(f"recommended: --noise.layout {advice['layout']} --noise.bound {advice['bound']:g}")
+
+
+def print_evaluation(result: dict[str, Any]) -> None:
+    """Print a paired evaluation."""
+    rows = [_row("base", result["base"])]
+    rows += [_row(f"control: {name}", m) for name, m in result["controls"].items()]
+    rows += [_row("steered", result["steered"]), _row("steered, stochastic", result["steered_stochastic"])]
+    console = Console()
+    console.print(_table(f"{result['task']}, {result['episodes']} held-out episodes", rows))
+    gain = result["difference"]
+    console.print(f"steered less base, paired: {gain['mean']:+.2f} {gain['ci95']}")

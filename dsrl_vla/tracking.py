@@ -1,0 +1,41 @@
+"""Experiment trackers, by way of accelerate: tensorboard, wandb, trackio, or none."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from .errors import missing_extra
+from .recipe import Recipe
+
+_TRACKERS = {"tensorboard": "tensorboard", "wandb": "wandb", "trackio": "trackio"}
+
+
+class Tracker:
+    """Logs rows of numbers to what the recipe names; a context that closes it."""
+
+    def __init__(self, recipe: Recipe, out: Path):
+        self.accelerator: Any = None
+        name = recipe.train.tracker
+        if name == "none":
+            return
+        from importlib.util import find_spec
+
+        if find_spec(_TRACKERS[name]) is None:
+            raise missing_extra(_TRACKERS[name], name, f"the tracker '{name}'")
+        from accelerate import Accelerator
+
+        self.accelerator = Accelerator(log_with=name, project_dir=str(out), cpu=True)
+        self.accelerator.init_trackers(recipe.name)
+
+    def log(self, row: dict[str, float], step: int) -> None:
+        """Log a row at an environment step."""
+        if self.accelerator is not None:
+            self.accelerator.log({k: v for k, v in row.items() if isinstance(v, (int, float))}, step=step)
+
+    def __enter__(self) -> Tracker:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.accelerator is not None:
+            self.accelerator.end_training()

@@ -1,0 +1,295 @@
+"""The training loop: collect, update, validate, keep the best head, and leave a run directory behind."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import math
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from . import seeds as seed_ranges
+from .bases import load_base
+from .collect import Collector
+from .errors import bad
+from .evaluation import Measure, evaluate, measure, measure_base
+from .head import HeadConfig, SteeringHead
+from .latent_sac import LatentSAC
+from .noise import NoiseLayout
+from .policy import FrozenPolicy
+from .probing import probe
+from .recipe import Recipe
+from .replay import Replay
+from .rollout import VectorTask
+from .run_dir import Metrics, disk_errors, load_checkpoint, save_checkpoint, write_json, write_text
+from .sources import HeadNoise
+from .tracking import Tracker
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class RunResult:
+    """What a run leaves in memory; the rest is in its directory."""
+
+    head: SteeringHead
+    """The best head, by validation."""
+    evaluation: dict[str, Any] | None
+    """What ``eval.json`` holds; None when the run was interrupted."""
+    out: Path
+
+
+def train(
+    recipe: Recipe, out: Path | str, *, base: FrozenPolicy | None = None, resume: bool = False, evaluate_after: bool = True,
+    known: dict[str, Measure] | None = None,
+) -> RunResult:
+    """Train a head by a recipe.
+
+    Args:
+        out: the run's directory: ``recipe.yaml``, ``metrics.jsonl``, ``checkpoints/``, ``best/`` (the head),
+            ``eval.json``, ``curves.png``, ``rollouts.mp4``.
+        base: an already loaded base; by default the recipe's.
+        resume: go on from the newest checkpoint in `out`.
+        known: measures of base and controls on the evaluation seeds, not to be run again.
+
+    Raises:
+        DsrlError: `out` holds another run and `resume` is off, or its recipe differs and `resume` is on; the
+            base does not fit the task; the disk is full. NotSteerableError: the base fails the probe.
+    """
+    out = Path(out)
+    _prepare(recipe, out, resume)
+    torch.set_num_threads(recipe.train.threads)
+    base = base or load_base(recipe.base.uri, dtype=recipe.base.dtype, device=recipe.base.device)
+    with contextlib.ExitStack() as stack:
+        task = stack.enter_context(VectorTask(recipe.task, base.spec.executed_steps))
+        held_out = stack.enter_context(VectorTask(recipe.task, base.spec.executed_steps))
+        base.check_task(task.info)
+        probe(base, example(task))
+        trainer = Trainer(recipe, base, task, held_out, out)
+        if resume:
+            trainer.resume()
+        finished = trainer.run()
+        head = trainer.best_head()
+        result = None
+        if finished and evaluate_after:
+            result = trainer.evaluate(head, known)
+            finish(out, recipe, base, head, trainer.metrics, result)
+    return RunResult(head, result, out)
+
+
+def example(task: VectorTask) -> dict[str, Any]:
+    """One observation of a task, prompt included."""
+    observations = task.reset([seed_ranges.PREFLIGHT] * task.config.num_envs)
+    return {key: value[0] for key, value in observations.items()}
+
+
+def _prepare(recipe: Recipe, out: Path, resume: bool) -> None:
+    path = out / "recipe.yaml"
+    if path.exists() and not resume:
+        raise bad(f"{out}", "a new directory", "one that holds a run", "Choose another --out, or go on with --resume.")
+    if resume and not path.exists():
+        raise bad(f"{out}", "a run to resume", "no recipe.yaml there")
+    if resume and path.read_text() != recipe.to_yaml():
+        raise bad(f"{path}", "the recipe this run was started with", "another one", "Resume without overrides.")
+    with disk_errors(out):
+        out.mkdir(parents=True, exist_ok=True)
+        write_text(path, recipe.to_yaml())
+
+
+class Trainer:
+    """Owns everything that changes during a run."""
+
+    def __init__(self, recipe: Recipe, base: FrozenPolicy, task: VectorTask, held_out: VectorTask, out: Path):
+        self.recipe, self.base, self.held_out, self.out = recipe, base, held_out, out
+        config, sac = recipe.train, recipe.sac
+        torch.manual_seed(config.seed)
+        layout = NoiseLayout(base.spec.noise, recipe.noise.layout, recipe.noise.bound, recipe.noise.columns)
+        head_config = HeadConfig.for_base(
+            base.spec, layout, recipe.head.network, cameras=recipe.head.cameras, image_size=recipe.head.image_size
+        )
+        self.head = SteeringHead(head_config)
+        self.learner = LatentSAC(self.head, recipe.critic, sac, sac.value_bounds(task.info.reward_range), config.seed)
+        self.replay = Replay(config.replay_capacity, layout.latent_shape)
+        first_seed = seed_ranges.TRAINING * (1 + config.seed)
+        self.collector = Collector(base, self.head, task, self.replay, sac=sac, first_seed=first_seed)
+        self.rng = np.random.default_rng(config.seed)
+        self.metrics = Metrics(out / "metrics.jsonl")
+        self.base_sha256 = base.sha256()
+        self.best: tuple[float, float] = (-1.0, 0.0)
+        self.validation_env_steps = 0
+        self.seconds = 0.0
+        self.info: dict[str, torch.Tensor] = {}
+
+    def run(self) -> bool:
+        """Train until the recipe's steps are done; False when interrupted by Ctrl-C (the state is saved)."""
+        config, collector = self.recipe.train, self.collector
+        bar = tqdm(total=config.env_steps, initial=collector.env_steps, unit="step", desc=self.recipe.name, disable=None)
+        with Tracker(self.recipe, self.out) as tracker, bar:
+            try:
+                while collector.env_steps < config.env_steps:
+                    before, updates, start = collector.env_steps, self.learner.updates, time.perf_counter()
+                    self._decide()
+                    self.seconds += time.perf_counter() - start
+                    self._after(before, tracker)
+                    bar.update(collector.env_steps - before)
+                    rate = (self.learner.updates - updates) / max(1e-9, time.perf_counter() - start)
+                    shown = {"success": f"{collector.success:.2f}", "best": f"{max(0.0, self.best[0]):.2f}", "updates/s": f"{rate:.0f}"}
+                    bar.set_postfix(shown, refresh=False)
+            except KeyboardInterrupt:
+                self.checkpoint()
+                log.warning("interrupted; go on with: dsrl-vla train %s --out %s --resume", self.recipe.name, self.out)
+                return False
+        return True
+
+    def _decide(self) -> None:
+        """One decision in every environment, and the updates it is owed."""
+        config = self.recipe.train
+        warm_up = self.collector.decisions < config.learning_starts
+        self.collector.step(warm_up)
+        if warm_up:
+            return
+        if self.learner.updates == 0:
+            self.learner.fit_normaliser(self.replay.observations())
+        owed = int((self.collector.decisions - config.learning_starts) * config.gradient_steps)
+        while self.learner.updates < owed:
+            self.info = self.learner.update(self.replay.sample(self.recipe.sac.batch, self.rng))
+
+    def _after(self, before: int, tracker: Tracker) -> None:
+        """Reports, validation and checkpoints that fell due since `before` environment steps."""
+        config, steps = self.recipe.train, self.collector.env_steps
+        done = steps >= config.env_steps
+        if done or steps // 1000 > before // 1000:
+            tracker.log(self.report({}), steps)
+        if self.learner.updates and (done or steps // config.validate_every > before // config.validate_every):
+            tracker.log(self.report(self.validate()), steps)
+        if done or steps // config.checkpoint_every > before // config.checkpoint_every:
+            self.checkpoint()
+
+    def report(self, more: dict[str, float]) -> dict[str, float]:
+        """Append a line to ``metrics.jsonl``; return it."""
+        row: dict[str, Any] = {
+            "env_steps": self.collector.env_steps,
+            "episodes": self.collector.episodes,
+            "decisions": self.collector.decisions,
+            "updates": self.learner.updates,
+            "seconds": round(self.seconds, 2),
+        }
+        if not math.isnan(self.collector.success):
+            row["success"] = self.collector.success
+        row |= {name: round(float(value), 5) for name, value in self.info.items()} | more
+        self.metrics.append(row)
+        return row
+
+    def validate(self) -> dict[str, float]:
+        """Run the deterministic head on the validation episodes; save it when it is the best so far."""
+        seeds = seed_ranges.block(seed_ranges.VALIDATION, self.recipe.train.validation_episodes)
+        found = measure(self.base, self.held_out, HeadNoise(self.head), seeds)
+        steps = float(np.mean([e.steps for e in found.episodes]))
+        self.validation_env_steps += sum(e.steps for e in found.episodes)
+        if (found.success, -steps) > self.best:
+            self.best = (found.success, -steps)
+            with disk_errors(self.out):
+                self.head.save_pretrained(self.out / "best")
+        return {"validation_success": found.success, "validation_steps": steps}
+
+    def best_head(self) -> SteeringHead:
+        """The best head so far; the present one when none has been validated."""
+        folder = self.out / "best"
+        return SteeringHead.from_pretrained(folder) if folder.is_dir() else self.head.eval()
+
+    def evaluate(self, head: SteeringHead, known: dict[str, Measure] | None) -> dict[str, Any]:
+        """The paired evaluation that ends a run; writes ``eval.json``."""
+        config = self.recipe.eval
+        seeds = seed_ranges.block(seed_ranges.EVALUATION, config.episodes)
+        kinds = 3 + 3 * config.controls - (len(known) if known else 0)
+        with tqdm(total=kinds * config.episodes, unit="episode", desc="evaluation", disable=None) as bar:
+            tick = lambda _: bar.update()  # noqa: E731
+            known = known or measure_base(self.base, self.held_out, head.layout, seeds, config.controls, tick)
+            result = evaluate(self.base, head, self.held_out, config.episodes, on_episode=tick, known=known)
+        result |= {
+            "recipe": self.recipe.name,
+            "train_seed": self.recipe.train.seed,
+            "env_steps": self.collector.env_steps,
+            "validation_env_steps": self.validation_env_steps,
+            "updates": self.learner.updates,
+            "train_seconds": round(self.seconds, 1),
+            "base_sha256_before": self.base_sha256,
+            "base_sha256_after": self.base.sha256(),
+        }
+        write_json(self.out / "eval.json", result)
+        return result
+
+    def checkpoint(self) -> None:
+        """Write all that is needed to go on."""
+        collector = self.collector
+        tensors = {f"learner.{k}": v for k, v in self.learner.tensors().items()}
+        tensors |= {f"replay.{k}": v for k, v in self.replay.tensors().items()}
+        state = {
+            "env_steps": collector.env_steps, "episodes": collector.episodes, "decisions": collector.decisions,
+            "recent": list(collector.recent), "updates": self.learner.updates,
+            "observed": self.replay.observed, "added": self.replay.added,
+            "best": list(self.best), "validation_env_steps": self.validation_env_steps, "seconds": self.seconds,
+            "rng": self.rng.bit_generator.state,
+        }  # fmt: skip
+        save_checkpoint(self.out / "checkpoints", collector.env_steps, tensors, state)
+
+    def resume(self) -> None:
+        """Go on from the newest checkpoint; without one, from the start."""
+        found = load_checkpoint(self.out / "checkpoints")
+        if found is None:
+            return
+        tensors, state = found
+        part = lambda name: {k[len(name) :]: v for k, v in tensors.items() if k.startswith(name)}  # noqa: E731
+        self.learner.load_tensors(part("learner."), state["updates"])
+        self.replay.load_tensors(part("replay."), state["observed"], state["added"])
+        self.collector.resume(state["episodes"], state["env_steps"], state["decisions"])
+        self.collector.recent.extend(state["recent"])
+        self.rng.bit_generator.state = state["rng"]
+        self.best = tuple(state["best"])
+        self.validation_env_steps, self.seconds = state["validation_env_steps"], state["seconds"]
+        self.metrics.truncate(state["env_steps"])
+
+
+def finish(out: Path, recipe: Recipe, base: FrozenPolicy, head: SteeringHead, metrics: Metrics, result: dict[str, Any]) -> None:
+    """The pictures: ``curves.png`` and ``rollouts.mp4``. A failure here loses nothing that was measured."""
+    from .plots import draw_curves, write_video
+
+    with disk_errors(out):
+        draw_curves(out / "curves.png", metrics.rows(), result)
+        if recipe.eval.video_episodes:
+            films = seed_ranges.block(result["seeds"][0], recipe.eval.video_episodes)
+            try:
+                write_video(out / "rollouts.mp4", base, head, recipe.task, films)
+            except Exception as error:
+                log.warning("rollouts.mp4 was not written: %s", error)
+
+
+def load_run(out: Path | str) -> tuple[Recipe, SteeringHead]:
+    """The recipe and the best head of a run.
+
+    Raises:
+        DsrlError: `out` is no run, or it has not yet validated a head.
+    """
+    from .recipe import load_recipe
+
+    out = Path(out)
+    if not (out / "recipe.yaml").exists():
+        raise bad(str(out), "a run's directory", "one without a recipe.yaml")
+    return load_recipe(out / "recipe.yaml"), SteeringHead.from_pretrained(out / "best")
+
+
+def summary(result: dict[str, Any]) -> str:
+    """The result in a line."""
+    base, steered = result["base"], result["steered"]
+    text = json.dumps(result["seeds"])
+    return (
+        f"{result['task']}: base {base['success']:.2f} {base['ci95']}, steered {steered['success']:.2f} "
+        f"{steered['ci95']} over {result['episodes']} held-out episodes (seeds {text})"
+    )

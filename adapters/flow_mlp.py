@@ -14,12 +14,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
-
 from dsrl_vla.errors import bad
 from dsrl_vla.noise import NoiseSpace
 from dsrl_vla.observation import STATE, Observations, ObservationSpec
 from dsrl_vla.policy import Encoding, FrozenPolicy, PolicySpec
+from torch import nn
 
 from .refusals import refuse_unsteerable
 
@@ -47,7 +46,12 @@ class FlowMLPModel(nn.Module):
         self.embed = nn.Sequential(nn.Linear(config.state_dim, config.width), nn.LayerNorm(config.width), nn.SiLU())
         self.enter = nn.Linear(config.width + flat + 1, config.width)
         self.blocks = nn.ModuleList(
-            nn.Sequential(nn.LayerNorm(config.width), nn.Linear(config.width, 2 * config.width), nn.SiLU(), nn.Linear(2 * config.width, config.width))
+            nn.Sequential(
+                nn.LayerNorm(config.width),
+                nn.Linear(config.width, 2 * config.width),
+                nn.SiLU(),
+                nn.Linear(2 * config.width, config.width),
+            )
             for _ in range(config.layers)
         )
         self.leave = nn.Linear(config.width, flat)
@@ -132,7 +136,11 @@ def load(source: str, *, dtype: str = "float32", device: str = "cpu", uri: str =
 
 
 def clone_flow_mlp(
-    episodes: list[tuple[np.ndarray, np.ndarray]], config: FlowMLPConfig, steps: int = 2000, batch: int = 256, seed: int = 0
+    episodes: list[tuple[np.ndarray, np.ndarray]],
+    config: FlowMLPConfig,
+    steps: int = 2000,
+    batch: int = 256,
+    seed: int = 0,
 ) -> FlowMLPModel:
     """Behaviour-clone episodes of (states (T, S), actions (T, A)) by flow matching."""
     torch.manual_seed(seed)

@@ -20,8 +20,6 @@ def load(source: str = "", **options: Any) -> transformers_pi0.TransformersPi0:
     embedded = Path(str(resources.files("dsrl_vla.nano").joinpath("base")))
     folder = Path(source).expanduser() if source else embedded
     if not (folder / "config.json").exists():
-        raise bad(
-            "base 'nano:'", "a folder made by `dsrl-vla pretrain`", f"'{folder}' without a config.json"
-        )
+        raise bad("base 'nano:'", "a folder made by `dsrl-vla pretrain`", f"'{folder}' without a config.json")
     options.setdefault("uri", f"nano:{source}")
     return transformers_pi0.load(str(folder), **options)

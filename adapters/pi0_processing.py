@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-
 from dsrl_vla.errors import bad
 from dsrl_vla.observation import IMAGE_PREFIX, PROMPT, STATE, Observations
 
@@ -64,7 +63,15 @@ class Pi0Statistics:
                 raw[key] = raw[key][0]
         fields = cls.__dataclass_fields__
         known = {key: value for key, value in raw.items() if key in fields and value is not None}
-        required = ("cameras", "image_size", "image_seq_length", "state_mean", "state_std", "actions_mean", "actions_std")
+        required = (
+            "cameras",
+            "image_size",
+            "image_seq_length",
+            "state_mean",
+            "state_std",
+            "actions_mean",
+            "actions_std",
+        )
         missing = [key for key in required if key not in known]
         if missing:
             raise bad(
@@ -83,7 +90,9 @@ class Pi0Processing:
         self.statistics, self.tokenizer, self.max_state_dim = statistics, tokenizer, max_state_dim
         self._prompts: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
 
-    def __call__(self, observations: Observations, device: torch.device, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    def __call__(
+        self, observations: Observations, device: torch.device, dtype: torch.dtype
+    ) -> dict[str, torch.Tensor]:
         """Return the keyword arguments of ``PI0ForConditionalGeneration.sample_actions`` (noise excepted)."""
         images = [self._image(observations[IMAGE_PREFIX + name], device) for name in self.statistics.cameras]
         ids, mask = zip(*(self._tokens(prompt) for prompt in observations[PROMPT]), strict=True)

@@ -64,7 +64,9 @@ def denoise(model: Any, inputs: dict[str, torch.Tensor], cache: Any, noise: torc
 _SUFFIX = ("state", "attention_mask", "pixel_attention_mask")
 
 
-def flow_loss(model: Any, inputs: dict[str, torch.Tensor], actions: torch.Tensor, draws: int) -> tuple[torch.Tensor, torch.Tensor]:
+def flow_loss(
+    model: Any, inputs: dict[str, torch.Tensor], actions: torch.Tensor, draws: int
+) -> tuple[torch.Tensor, torch.Tensor]:
     """π0's flow-matching loss with `draws` noises and times behind one prefix.
 
     Args:

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-
 from dsrl_vla.errors import bad, missing_extra
 from dsrl_vla.noise import NoiseSpace
 from dsrl_vla.observation import Observations, ObservationSpec

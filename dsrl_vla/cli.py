@@ -168,7 +168,10 @@ def _preflight(argv: list[str]) -> int:
     config = PreflightConfig(args.episodes, args.best_of, tuple(args.layouts), tuple(args.bounds))
     base = load_base(recipe.base.uri, dtype=recipe.base.dtype, device=recipe.base.device)
     total = args.episodes * (len(conditions(base, config)) + args.best_of - 1)
-    with VectorTask(recipe.task, base.spec.executed_steps) as task, tqdm(total=total, unit="episode", disable=None) as bar:
+    with (
+        VectorTask(recipe.task, base.spec.executed_steps) as task,
+        tqdm(total=total, unit="episode", disable=None) as bar,
+    ):
 
         def tick(name: str, _: Any) -> None:
             bar.set_description(name, refresh=False)
@@ -202,7 +205,11 @@ def _eval(argv: list[str]) -> int:
         result = evaluate(base, head, task, args.episodes, args.controls)
     target = args.out or args.run / "eval.json"
     kept = json.loads((args.run / "eval.json").read_text()) if (args.run / "eval.json").exists() else {}
-    counts = {key: kept[key] for key in ("recipe", "train_seed", "env_steps", "validation_env_steps", "updates", "train_seconds") if key in kept}
+    counts = {
+        key: kept[key]
+        for key in ("recipe", "train_seed", "env_steps", "validation_env_steps", "updates", "train_seconds")
+        if key in kept
+    }
     result |= counts | {"base_sha256_before": before, "base_sha256_after": base.sha256()}
     write_json(target, result)
     print_evaluation(result)
@@ -225,7 +232,7 @@ def _recipes(argv: list[str]) -> int:
     args = tyro.cli(ListArgs, prog="dsrl-vla recipes", args=argv)
     import yaml
 
-    from .recipe import shipped
+    from .recipes import shipped
 
     rows = {name: (yaml.safe_load(path.read_text()) or {}).get("description", "") for name, path in shipped().items()}
     return _list(rows, args.json)

@@ -33,7 +33,16 @@ class Collector:
     Owns the order of training episodes: episode i of a run has seed ``first_seed + i``.
     """
 
-    def __init__(self, base: FrozenPolicy, head: SteeringHead, task: VectorTask, replay: Replay, *, sac: SACConfig, first_seed: int):
+    def __init__(
+        self,
+        base: FrozenPolicy,
+        head: SteeringHead,
+        task: VectorTask,
+        replay: Replay,
+        *,
+        sac: SACConfig,
+        first_seed: int,
+    ):
         self.base, self.head, self.task, self.replay = base, head, task, replay
         self.sac, self.first_seed = sac, first_seed
         self.episodes = self.env_steps = self.decisions = 0
@@ -85,7 +94,9 @@ class Collector:
             self.replay.add(p.now, p.latent, p.reward, p.discount, numbers[p.rows])
         self._pending = None
 
-    def _finish(self, result, numbers: np.ndarray, latent: torch.Tensor, reward: np.ndarray, discount: np.ndarray) -> None:
+    def _finish(
+        self, result, numbers: np.ndarray, latent: torch.Tensor, reward: np.ndarray, discount: np.ndarray
+    ) -> None:
         """Store the last transitions of finished episodes and start new ones. A timeout bootstraps."""
         ended = np.flatnonzero(result.terminated)
         self.replay.add(numbers[ended], latent[ended], reward[ended], discount[ended], numbers[ended])

@@ -65,7 +65,11 @@ def control_sources(base: FrozenPolicy, layout: NoiseLayout) -> dict[str, NoiseS
 
 
 def measure(
-    base: FrozenPolicy, task: VectorTask, source: NoiseSource, seeds: Sequence[int], trial: int = 0,
+    base: FrozenPolicy,
+    task: VectorTask,
+    source: NoiseSource,
+    seeds: Sequence[int],
+    trial: int = 0,
     on_episode: Callable[[Episode], None] = lambda _: None,
 ) -> Measure:
     """Run one episode per seed."""
@@ -73,7 +77,11 @@ def measure(
 
 
 def measure_base(
-    base: FrozenPolicy, task: VectorTask, layout: NoiseLayout, seeds: Sequence[int], controls: bool,
+    base: FrozenPolicy,
+    task: VectorTask,
+    layout: NoiseLayout,
+    seeds: Sequence[int],
+    controls: bool,
     on_episode: Callable[[Episode], None] = lambda _: None,
 ) -> dict[str, Measure]:
     """The base under its own noise, and the controls. Independent of any head: reusable across training seeds."""
@@ -84,8 +92,13 @@ def measure_base(
 
 
 def evaluate(
-    base: FrozenPolicy, head: SteeringHead, task: VectorTask, episodes: int = 100, controls: bool = True,
-    first_seed: int = seed_ranges.EVALUATION, on_episode: Callable[[Episode], None] = lambda _: None,
+    base: FrozenPolicy,
+    head: SteeringHead,
+    task: VectorTask,
+    episodes: int = 100,
+    controls: bool = True,
+    first_seed: int = seed_ranges.EVALUATION,
+    on_episode: Callable[[Episode], None] = lambda _: None,
     known: Mapping[str, Measure] | None = None,
 ) -> dict[str, Any]:
     """Measure a head against its base; return what ``eval.json`` holds.

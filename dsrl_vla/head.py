@@ -123,7 +123,9 @@ class Eyes(nn.Module):
         super().__init__()
         sizes = {name: n for name, n in (("state", config.state_dim), ("feature", config.feature_dim)) if n}
         self.normalise = Normaliser(sizes)
-        self.images = nn.ModuleDict({name: ImageTokens(config.image_size, config.network.width) for name in config.cameras})
+        self.images = nn.ModuleDict(
+            {name: ImageTokens(config.image_size, config.network.width) for name in config.cameras}
+        )
         self.sizes = [*sizes.values(), *(config.network.width for _ in config.cameras)]
 
     def forward(self, inputs: HeadInputs) -> list[torch.Tensor]:
@@ -156,7 +158,9 @@ class SteeringHead(nn.Module):
         mean, log_std = out.chunk(2, -1)
         return mean, log_std.clamp(*_LOG_STD)
 
-    def sample(self, inputs: HeadInputs, generator: torch.Generator | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    def sample(
+        self, inputs: HeadInputs, generator: torch.Generator | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Reparametrised latents (B, n, d) in [-1, 1] and their log density (B,), in units of that box."""
         mean, log_std = self.distribution(inputs)
         epsilon = torch.randn(mean.shape, generator=generator, device=mean.device)
@@ -174,7 +178,9 @@ class SteeringHead(nn.Module):
         return mean.tanh()
 
     @torch.no_grad()
-    def noise(self, observations: Observations, encoding: Encoding, generators: list[torch.Generator] | None) -> torch.Tensor:
+    def noise(
+        self, observations: Observations, encoding: Encoding, generators: list[torch.Generator] | None
+    ) -> torch.Tensor:
         """The noise for a batch: float32 (B, 1, H, D), |w| <= bound. Deterministic without generators."""
         return self.layout.expand(self.latent(self.read(observations, encoding), generators)).unsqueeze(1)
 
@@ -194,7 +200,9 @@ class SteeringHead(nn.Module):
         }
         for name, (mine, theirs) in wanted.items():
             if mine != theirs:
-                raise bad(f"head for '{self.config.base_model_name_or_path}', {name}", f"{mine}", f"{theirs} of '{spec.uri}'")
+                raise bad(
+                    f"head for '{self.config.base_model_name_or_path}', {name}", f"{mine}", f"{theirs} of '{spec.uri}'"
+                )
 
     def save_pretrained(self, folder: Path | str) -> None:
         """Write ``head.safetensors`` and ``head_config.json``."""
@@ -224,7 +232,9 @@ class SteeringHead(nn.Module):
         try:
             head.load_state_dict(load_file(folder / WEIGHTS), strict=True)
         except RuntimeError as error:
-            raise bad(f"{source}/{WEIGHTS}", f"the weights that {CONFIG} describes", " ".join(str(error).split())) from error
+            raise bad(
+                f"{source}/{WEIGHTS}", f"the weights that {CONFIG} describes", " ".join(str(error).split())
+            ) from error
         return head.eval()
 
 

@@ -79,8 +79,14 @@ class Batch:
 
 
 def critic_loss(
-    critic: CriticEnsemble, target: CriticEnsemble, head: SteeringHead, alpha: torch.Tensor, batch: Batch,
-    bounds: tuple[float, float], backup_entropy: bool, generator: torch.Generator,
+    critic: CriticEnsemble,
+    target: CriticEnsemble,
+    head: SteeringHead,
+    alpha: torch.Tensor,
+    batch: Batch,
+    bounds: tuple[float, float],
+    backup_entropy: bool,
+    generator: torch.Generator,
 ) -> tuple[torch.Tensor, Info]:
     """Mean over members of (Q_i(s, u) - y)^2, y = R + gamma^k Red_i Q'_i(s', u'), kept to what the reward can give."""
     with torch.no_grad():
@@ -113,7 +119,9 @@ def alpha_loss(log_alpha: torch.Tensor, entropy: torch.Tensor, target_entropy: f
 class LatentSAC:
     """Head, critics, temperature and their optimisers; `update` does one gradient step of each."""
 
-    def __init__(self, head: SteeringHead, critic: CriticConfig, config: SACConfig, value_bounds: tuple[float, float], seed: int):
+    def __init__(
+        self, head: SteeringHead, critic: CriticConfig, config: SACConfig, value_bounds: tuple[float, float], seed: int
+    ):
         self.head, self.config, self.bounds = head, config, value_bounds
         self.critic = CriticEnsemble(critic, head.config)
         self.target = copy.deepcopy(self.critic).requires_grad_(False)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -97,7 +98,15 @@ class Transformer(nn.Module):
     of all layers, so their keys and values are one matrix product.
     """
 
-    def __init__(self, config: NetworkConfig, members: int, inputs: list[int], vectors: tuple[int, int], queries: int, outputs: int):
+    def __init__(
+        self,
+        config: NetworkConfig,
+        members: int,
+        inputs: list[int],
+        vectors: tuple[int, int],
+        queries: int,
+        outputs: int,
+    ):
         super().__init__()
         width, (count, dim) = config.width, vectors
         self.heads, self.layers = config.heads, config.layers
@@ -131,10 +140,18 @@ class Transformer(nn.Module):
 class MLP(nn.Module):
     """The plain alternative: everything concatenated, `layers` + 1 layers of LayerNorm and ReLU."""
 
-    def __init__(self, config: NetworkConfig, members: int, inputs: list[int], vectors: tuple[int, int], queries: int, outputs: int):
+    def __init__(
+        self,
+        config: NetworkConfig,
+        members: int,
+        inputs: list[int],
+        vectors: tuple[int, int],
+        queries: int,
+        outputs: int,
+    ):
         super().__init__()
         sizes = [sum(inputs) + vectors[0] * vectors[1]] + [config.width] * (config.layers + 1)
-        self.layers = nn.ModuleList(StackedLinear(members, a, b) for a, b in zip(sizes, sizes[1:], strict=False))
+        self.layers = nn.ModuleList(StackedLinear(members, a, b) for a, b in pairwise(sizes))
         self.norms = nn.ModuleList(StackedNorm(members, size) for size in sizes[1:])
         self.read = StackedLinear(members, config.width, queries * outputs, gain=0.1)
         self.shape = (queries, outputs)
@@ -147,7 +164,9 @@ class MLP(nn.Module):
         return self.read(x).view(*x.shape[:2], *self.shape)
 
 
-def build(config: NetworkConfig, members: int, inputs: list[int], vectors: tuple[int, int], queries: int, outputs: int) -> nn.Module:
+def build(
+    config: NetworkConfig, members: int, inputs: list[int], vectors: tuple[int, int], queries: int, outputs: int
+) -> nn.Module:
     """Build the network that `config.kind` names.
 
     Args:
@@ -166,7 +185,12 @@ class ImageTokens(nn.Module):
     def __init__(self, size: int, width: int):
         super().__init__()
         self.convolutions = nn.Sequential(
-            nn.Conv2d(3, 16, 3, stride=2), nn.ReLU(), nn.Conv2d(16, 32, 3, stride=2), nn.ReLU(), nn.Conv2d(32, 32, 3), nn.ReLU()
+            nn.Conv2d(3, 16, 3, stride=2),
+            nn.ReLU(),
+            nn.Conv2d(16, 32, 3, stride=2),
+            nn.ReLU(),
+            nn.Conv2d(32, 32, 3),
+            nn.ReLU(),
         )
         with torch.no_grad():
             flat = self.convolutions(torch.zeros(1, 3, size, size)).numel()

@@ -56,7 +56,9 @@ def _bars(axis: Any, result: dict[str, Any]) -> None:
     axis.tick_params(labelsize=8)
 
 
-def film(base: FrozenPolicy, config: TaskConfig, source: NoiseSource, seed: int, size: int = 256) -> tuple[np.ndarray, bool]:
+def film(
+    base: FrozenPolicy, config: TaskConfig, source: NoiseSource, seed: int, size: int = 256
+) -> tuple[np.ndarray, bool]:
     """Play one episode and film it: uint8 (T, size, size, 3), and whether it succeeded."""
     env = make_task(config.uri, max_episode_steps=config.max_episode_steps)
     streams = episode_generators([seed])
@@ -88,17 +90,22 @@ def write_video(path: Path, base: FrozenPolicy, head: Any, config: TaskConfig, s
     for seed in seeds:
         pair = [film(base, config, s, seed) for s in (PriorNoise(base.spec.noise), HeadNoise(head))]
         length = max(len(frames) for frames, _ in pair) + 10
-        sides = [_finish(frames, success, length) for frames, success in pair]
+        sides = [_finish(f, won, length, name) for (f, won), name in zip(pair, ("base", "steered"), strict=True)]
         reel.append(np.concatenate(sides, 2))
     iio.imwrite(path, np.concatenate(reel), fps=30, codec="libx264", plugin="pyav")
 
 
-def _finish(frames: np.ndarray, success: bool, length: int) -> np.ndarray:
+def _finish(frames: np.ndarray, success: bool, length: int, name: str) -> np.ndarray:
     """Hold the last frame to `length`, framed in green where the episode succeeded and in red where not."""
+    from PIL import Image, ImageDraw
+
     held = np.concatenate([frames, np.repeat(frames[-1:], length - len(frames), 0)])
     colour, edge = (np.array([40, 160, 60]) if success else np.array([190, 50, 40])), 6
     border = held[len(frames) - 1 :]
     border[:, :edge] = border[:, -edge:] = border[:, :, :edge] = border[:, :, -edge:] = colour
+    label = Image.new("RGB", (64, 16), "black")
+    ImageDraw.Draw(label).text((4, 2), name, fill="white")
+    held[:, 8:24, 8:72] = np.asarray(label)
     return held
 
 

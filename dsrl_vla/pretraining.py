@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-import shutil
 from dataclasses import asdict, dataclass, field
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,8 @@ from .nano.demos import DemoConfig, collect
 from .nano.model import NanoConfig
 from .observation import IMAGE_PREFIX, PROMPT, Observations
 from .policy import Encoding, FrozenPolicy
-from .recipe import from_plain, shipped
+from .recipe import from_plain
+from .recipes import shipped
 from .rollout import TaskConfig, VectorTask
 from .run_dir import disk_errors, write_json, write_text
 from .sources import PriorNoise
@@ -64,7 +65,9 @@ def pretrain(recipe: PretrainRecipe, out: Path) -> FrozenPolicy:
     if (out / "config.json").exists():
         raise bad(str(out), "a new folder", "one that holds a base")
     torch.set_num_threads(recipe.threads)
-    with tqdm(total=len(recipe.demos.tasks) * recipe.demos.episodes, desc="demonstrations", unit="episode", disable=None) as bar:
+    with tqdm(
+        total=len(recipe.demos.tasks) * recipe.demos.episodes, desc="demonstrations", unit="episode", disable=None
+    ) as bar:
         demos = collect(recipe.demos, lambda *_: bar.update())
     with tqdm(total=recipe.clone.steps, desc="behaviour cloning", unit="step", disable=None) as bar:
 
@@ -130,7 +133,9 @@ def measure_nano(base: FrozenPolicy, recipe: PretrainRecipe) -> dict[str, Any]:
             variants["another_image"] = Swapped(base, shuffle_images=True)
             config = TaskConfig(f"metaworld:{name}", recipe.demos.max_episode_steps)
             with VectorTask(config, base.spec.executed_steps) as task:
-                found = {k: measure(p, task, source, seeds, on_episode=lambda _: bar.update()) for k, p in variants.items()}
+                found = {
+                    k: measure(p, task, source, seeds, on_episode=lambda _: bar.update()) for k, p in variants.items()
+                }
             results["tasks"][name] = {k: m.to_json() for k, m in found.items()} | {"other_prompt": other}
     return results
 
@@ -142,45 +147,10 @@ def model_card(recipe: PretrainRecipe, results: dict[str, Any]) -> str:
         "|---|---|---|---|---|",
     ]
     for name, found in results["tasks"].items():
-        cells = [f"{found[k]['success']:.2f} [{found[k]['ci95'][0]:.2f}, {found[k]['ci95'][1]:.2f}]" for k in ("base", "another_prompt", "another_image")]
+        cells = [
+            f"{found[k]['success']:.2f} [{found[k]['ci95'][0]:.2f}, {found[k]['ci95'][1]:.2f}]"
+            for k in ("base", "another_prompt", "another_image")
+        ]
         rows.append(f"| {name} | {' | '.join(cells)} | {results['demonstrations_success'][name]:.2f} |")
-    d, c = recipe.demos, recipe.clone
-    return f"""---
-library_name: transformers
-pipeline_tag: robotics
-license: apache-2.0
-tags: [robotics, pi0, metaworld, dsrl-vla]
----
-# {recipe.name}: a miniature π0
-
-A `PI0ForConditionalGeneration` with a tiny configuration, cloned from imperfect demonstrations so that there is
-something to steer. It sees a {recipe.model.image_size}-pixel image, a state and a prompt, and emits chunks of {recipe.model.chunk} actions.
-
-## How it was made
-
-`dsrl-vla pretrain` with the recipe in `pretrain.yaml`. {d.episodes} demonstrations per task come from MetaWorld's
-own scripted experts. In {d.offset_share:.0%} of the episodes the operator is mis-calibrated: the expert sees the object
-{d.offset * 100:g} cm to the side and mostly fails; failures are kept. The hand shakes with a deviation of {d.action_noise:g}.
-These data are synthetic and make no claim to resemble people's. Loose objects are tracked in the state; articulated
-fixtures (the drawer) are not, so the policy has to see them. {c.wait_share:.0%} of the training samples carry another
-task's prompt, for which the demonstration is to hold still. {c.steps} steps of flow matching, batch {c.batch}.
-
-## How well it does
-
-Success over {results['episodes']} episodes per cell (seeds {results['seeds'][0]} to {results['seeds'][1]}, never trained on), with Wilson 95 %
-intervals. One training seed.
-
-{chr(10).join(rows)}
-
-## Limits
-
-It is mediocre on purpose and for one reason: its demonstrations are. It is a test bed, not a robot policy.
-"""
-
-
-def copy_base(source: Path, target: Path) -> None:
-    """Copy the files of a base, and nothing else."""
-    target.mkdir(parents=True, exist_ok=True)
-    for path in sorted(source.iterdir()):
-        if path.suffix in (".json", ".safetensors", ".md", ".yaml"):
-            shutil.copy2(path, target / path.name)
+    template = resources.files("dsrl_vla.data").joinpath("nano_card.md").read_text()
+    return template.format(r=recipe, episodes=results["episodes"], seeds=results["seeds"], table="\n".join(rows))

@@ -90,7 +90,9 @@ def _columns(base: FrozenPolicy, encoding, noise: torch.Tensor) -> tuple[float, 
     return tuple(_effect(actions[:, i + 1], actions[:, 0]) for i in range(dim))
 
 
-def _image_effect(base: FrozenPolicy, observations: Observations, noise: torch.Tensor, actions: torch.Tensor) -> float | None:
+def _image_effect(
+    base: FrozenPolicy, observations: Observations, noise: torch.Tensor, actions: torch.Tensor
+) -> float | None:
     if not base.spec.observation.cameras:
         return None
     changed = dict(observations)
@@ -99,7 +101,9 @@ def _image_effect(base: FrozenPolicy, observations: Observations, noise: torch.T
     return _effect(base.denoise(base.encode(changed), noise), actions)
 
 
-def _prompt_effect(base: FrozenPolicy, observations: Observations, noise: torch.Tensor, actions: torch.Tensor) -> float | None:
+def _prompt_effect(
+    base: FrozenPolicy, observations: Observations, noise: torch.Tensor, actions: torch.Tensor
+) -> float | None:
     if not base.spec.observation.prompt:
         return None
     changed = {**observations, PROMPT: ["push and close the window"]}

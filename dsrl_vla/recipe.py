@@ -10,16 +10,16 @@ import dataclasses
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
-from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
 
 from .critic import CriticConfig
-from .errors import DsrlError, bad, unknown
+from .errors import bad, unknown
 from .latent_sac import SACConfig
 from .networks import NetworkConfig
+from .recipes import shipped
 from .rollout import TaskConfig
 
 
@@ -121,12 +121,6 @@ class Recipe:
         return yaml.safe_dump(_plain(dataclasses.asdict(self)), sort_keys=False)
 
 
-def shipped() -> dict[str, Path]:
-    """Recipes in the package: name -> file."""
-    folder = Path(str(resources.files("dsrl_vla.recipes")))
-    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
-
-
 def load_recipe(source: str | Path, overrides: Mapping[str, Any] | None = None) -> Recipe:
     """Load a shipped recipe by name, or a YAML file.
 
@@ -220,6 +214,3 @@ def _plain(tree: Any) -> Any:
     if isinstance(tree, dict):
         return {key: _plain(value) for key, value in tree.items()}
     return [_plain(item) for item in tree] if isinstance(tree, (list, tuple)) else tree
-
-
-__all__ = ["BaseConfig", "DsrlError", "EvalConfig", "HeadSection", "NoiseConfig", "Recipe", "TrainConfig", "load_recipe", "shipped"]

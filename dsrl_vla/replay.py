@@ -46,7 +46,9 @@ class Replay:
         self.observed += count
         return numbers.numpy()
 
-    def add(self, now: np.ndarray, latent: torch.Tensor, reward: np.ndarray, discount: np.ndarray, then: np.ndarray) -> None:
+    def add(
+        self, now: np.ndarray, latent: torch.Tensor, reward: np.ndarray, discount: np.ndarray, then: np.ndarray
+    ) -> None:
         """Store transitions between observation numbers `now` and `then`.
 
         Args:

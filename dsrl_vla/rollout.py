@@ -63,14 +63,11 @@ class ChunkResult:
 class VectorTask:
     """B copies of a task, reset one by one with the seeds they are given. Close it, or use it as a context."""
 
-    def __init__(self, config: TaskConfig, chunk: int, info: TaskInfo | None = None):
+    def __init__(self, config: TaskConfig, chunk: int):
         make = [functools.partial(_make_chunked, config, chunk)] * config.num_envs
-        if config.vector == "sync":
-            self.envs: Any = SyncVectorEnv(make, autoreset_mode=AutoresetMode.DISABLED)
-            self.info: TaskInfo = self.envs.envs[0].info
-        else:
-            self.envs = AsyncVectorEnv(make, autoreset_mode=AutoresetMode.DISABLED, context="spawn")
-            self.info = self.envs.get_attr("info")[0]
+        vector = SyncVectorEnv if config.vector == "sync" else functools.partial(AsyncVectorEnv, context="spawn")
+        self.envs: Any = vector(make, autoreset_mode=AutoresetMode.DISABLED)
+        self.info: TaskInfo = self.envs.get_attr("info")[0]
         self.config, self.chunk = config, chunk
 
     def reset(self, seeds: Sequence[int | None]) -> Observations:
@@ -122,7 +119,12 @@ def episode_generators(seeds: Sequence[int], trial: int = 0) -> list[torch.Gener
 
 
 def run_episodes(
-    base: FrozenPolicy, task: VectorTask, source: NoiseSource, seeds: Sequence[int], *, trial: int = 0,
+    base: FrozenPolicy,
+    task: VectorTask,
+    source: NoiseSource,
+    seeds: Sequence[int],
+    *,
+    trial: int = 0,
     on_episode: Callable[[Episode], None] = lambda _: None,
 ) -> list[Episode]:
     """Run one episode per seed; return them in the order of `seeds`.

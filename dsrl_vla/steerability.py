@@ -55,7 +55,9 @@ def conditions(base: FrozenPolicy, config: PreflightConfig) -> dict[str, NoiseSo
 
 
 def preflight(
-    base: FrozenPolicy, task: VectorTask, config: PreflightConfig | None = None,
+    base: FrozenPolicy,
+    task: VectorTask,
+    config: PreflightConfig | None = None,
     on_episode: Callable[[str, Episode], None] = lambda *_: None,
 ) -> dict[str, Any]:
     """Measure a base on a task; return what ``preflight.json`` holds.
@@ -68,15 +70,13 @@ def preflight(
     observation = example(task)
     report = probe(base, observation)
     seeds = seed_ranges.block(seed_ranges.PREFLIGHT, config.episodes)
-    found = {
-        name: measure(base, task, source, seeds, on_episode=lambda e, name=name: on_episode(name, e))
-        for name, source in conditions(base, config).items()
-    }
-    tries = [found["base"]]
-    for trial in range(1, config.best_of):
-        name = f"try {trial + 1}"
-        tick = lambda e, name=name: on_episode(name, e)  # noqa: E731
-        tries.append(measure(base, task, PriorNoise(base.spec.noise), seeds, trial=trial, on_episode=tick))
+
+    def run(name: str, source: NoiseSource, trial: int = 0) -> Measure:
+        return measure(base, task, source, seeds, trial, on_episode=lambda episode: on_episode(name, episode))
+
+    found = {name: run(name, source) for name, source in conditions(base, config).items()}
+    own = PriorNoise(base.spec.noise)
+    tries = [found["base"], *(run(f"try {trial + 1}", own, trial) for trial in range(1, config.best_of))]
     headroom = _headroom(tries)
     return {
         "base": base.spec.uri,
@@ -98,7 +98,7 @@ def preflight(
 
 def _headroom(tries: Sequence[Measure]) -> dict[str, Any]:
     """Share of episodes that at least one of K noise draws solves: a floor under what choosing noise can give."""
-    won = np.array([[e.success for e in m.episodes] for m in tries]).any(0)
+    won = np.asarray([[e.success for e in m.episodes] for m in tries]).max(axis=0)
     low, high = wilson(int(won.sum()), len(won))
     return {"success": float(won.mean()), "ci95": [round(low, 4), round(high, 4)]}
 
@@ -112,7 +112,9 @@ def _sensitivity(base: FrozenPolicy, observation: dict[str, Any], draws: int = 3
     return float(actions.std(0).mean())
 
 
-def recommend(base: FrozenPolicy, found: dict[str, Measure], headroom: dict[str, Any], config: PreflightConfig) -> dict[str, Any]:
+def recommend(
+    base: FrozenPolicy, found: dict[str, Measure], headroom: dict[str, Any], config: PreflightConfig
+) -> dict[str, Any]:
     """Layout and bound from measured success, and whether to steer at all, in words.
 
     The smallest layout whose random noise does about as well as the base's own (within one standard error of
@@ -138,11 +140,18 @@ def recommend(base: FrozenPolicy, found: dict[str, Measure], headroom: dict[str,
             "nothing to gain here. The base needs more or other demonstrations."
         )
     else:
-        words.append(f"Choosing among {config.best_of} draws would give at least {headroom['success']:.0%} (base {own:.0%}).")
+        words.append(
+            f"Choosing among {config.best_of} draws would give at least {headroom['success']:.0%} (base {own:.0%})."
+        )
     if zero > own + error:
         words.append(f"Constant zero noise already gives {zero:.0%}: a head has to beat that, not the base.")
     if not good:
         words.append(
             f"Every layout at random does worse than the base's own noise; '{layout}' least so. Expect slow learning."
         )
-    return {"layout": layout, "bound": float(bound), "worth_steering": not words[0].endswith(("gain.", "demonstrations.")), "words": " ".join(words)}
+    return {
+        "layout": layout,
+        "bound": float(bound),
+        "worth_steering": not words[0].endswith(("gain.", "demonstrations.")),
+        "words": " ".join(words),
+    }

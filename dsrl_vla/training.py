@@ -47,7 +47,12 @@ class RunResult:
 
 
 def train(
-    recipe: Recipe, out: Path | str, *, base: FrozenPolicy | None = None, resume: bool = False, evaluate_after: bool = True,
+    recipe: Recipe,
+    out: Path | str,
+    *,
+    base: FrozenPolicy | None = None,
+    resume: bool = False,
+    evaluate_after: bool = True,
     known: dict[str, Measure] | None = None,
 ) -> RunResult:
     """Train a head by a recipe.
@@ -130,17 +135,20 @@ class Trainer:
     def run(self) -> bool:
         """Train until the recipe's steps are done; False when interrupted by Ctrl-C (the state is saved)."""
         config, collector = self.recipe.train, self.collector
-        bar = tqdm(total=config.env_steps, initial=collector.env_steps, unit="step", desc=self.recipe.name, disable=None)
+        bar = tqdm(
+            total=config.env_steps, initial=collector.env_steps, unit="step", desc=self.recipe.name, disable=None
+        )
         with Tracker(self.recipe, self.out) as tracker, bar:
             try:
                 while collector.env_steps < config.env_steps:
                     before, updates, start = collector.env_steps, self.learner.updates, time.perf_counter()
                     self._decide()
-                    self.seconds += time.perf_counter() - start
+                    rate = (self.learner.updates - updates) / (time.perf_counter() - start)
                     self._after(before, tracker)
+                    self.seconds += time.perf_counter() - start
                     bar.update(collector.env_steps - before)
-                    rate = (self.learner.updates - updates) / max(1e-9, time.perf_counter() - start)
-                    shown = {"success": f"{collector.success:.2f}", "best": f"{max(0.0, self.best[0]):.2f}", "updates/s": f"{rate:.0f}"}
+                    best = f"{max(0.0, self.best[0]):.2f}"
+                    shown = {"success": f"{collector.success:.2f}", "best": best, "updates/s": f"{rate:.0f}"}
                     bar.set_postfix(shown, refresh=False)
             except KeyboardInterrupt:
                 self.checkpoint()
@@ -165,11 +173,11 @@ class Trainer:
         """Reports, validation and checkpoints that fell due since `before` environment steps."""
         config, steps = self.recipe.train, self.collector.env_steps
         done = steps >= config.env_steps
-        if done or steps // 1000 > before // 1000:
-            tracker.log(self.report({}), steps)
-        if self.learner.updates and (done or steps // config.validate_every > before // config.validate_every):
-            tracker.log(self.report(self.validate()), steps)
-        if done or steps // config.checkpoint_every > before // config.checkpoint_every:
+        due = lambda every: done or steps // every > before // every
+        found = self.validate() if self.learner.updates and due(config.validate_every) else {}
+        if found or due(1000):
+            tracker.log(self.report(found), steps)
+        if due(config.checkpoint_every):
             self.checkpoint()
 
     def report(self, more: dict[str, float]) -> dict[str, float]:
@@ -210,7 +218,7 @@ class Trainer:
         seeds = seed_ranges.block(seed_ranges.EVALUATION, config.episodes)
         kinds = 3 + 3 * config.controls - (len(known) if known else 0)
         with tqdm(total=kinds * config.episodes, unit="episode", desc="evaluation", disable=None) as bar:
-            tick = lambda _: bar.update()  # noqa: E731
+            tick = lambda _: bar.update()
             known = known or measure_base(self.base, self.held_out, head.layout, seeds, config.controls, tick)
             result = evaluate(self.base, head, self.held_out, config.episodes, on_episode=tick, known=known)
         result |= {
@@ -246,7 +254,7 @@ class Trainer:
         if found is None:
             return
         tensors, state = found
-        part = lambda name: {k[len(name) :]: v for k, v in tensors.items() if k.startswith(name)}  # noqa: E731
+        part = lambda name: {k[len(name) :]: v for k, v in tensors.items() if k.startswith(name)}
         self.learner.load_tensors(part("learner."), state["updates"])
         self.replay.load_tensors(part("replay."), state["observed"], state["added"])
         self.collector.resume(state["episodes"], state["env_steps"], state["decisions"])
@@ -257,7 +265,9 @@ class Trainer:
         self.metrics.truncate(state["env_steps"])
 
 
-def finish(out: Path, recipe: Recipe, base: FrozenPolicy, head: SteeringHead, metrics: Metrics, result: dict[str, Any]) -> None:
+def finish(
+    out: Path, recipe: Recipe, base: FrozenPolicy, head: SteeringHead, metrics: Metrics, result: dict[str, Any]
+) -> None:
     """The pictures: ``curves.png`` and ``rollouts.mp4``. A failure here loses nothing that was measured."""
     from .plots import draw_curves, write_video
 

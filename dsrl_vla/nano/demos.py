@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -61,10 +62,11 @@ class Demos:
         return len(self.states)
 
 
-def _expert(name: str):
+def _expert(name: str) -> Any:
     from metaworld.policies import ENV_POLICY_MAP
 
-    return ENV_POLICY_MAP[name]()
+    expert: Any = ENV_POLICY_MAP[name]
+    return expert()
 
 
 def _episode(env: MetaWorldTask, expert, seed: int, config: DemoConfig) -> tuple[list[tuple], bool]:

@@ -60,8 +60,7 @@ class TaskEnv(gym.Env, abc.ABC):
 
     def _build_spaces(self) -> None:
         spaces: dict[str, gym.Space] = {
-            IMAGE_PREFIX + name: gym.spaces.Box(0, 255, shape, np.uint8)
-            for name, shape in self.info.cameras.items()
+            IMAGE_PREFIX + name: gym.spaces.Box(0, 255, shape, np.uint8) for name, shape in self.info.cameras.items()
         }
         spaces[STATE] = gym.spaces.Box(-np.inf, np.inf, (self.info.state_dim,), np.float32)
         self.observation_space = gym.spaces.Dict(spaces)

@@ -1,0 +1,161 @@
+"""The README's MetaWorld table: every task, three training seeds, transformer and MLP, against base and controls.
+
+    python benchmarks/metaworld.py [--workers 2] [--seeds 0 1 2] [--tasks …] [--kinds transformer mlp]
+
+Runs are kept under runs/benchmark/ and not repeated, so an interrupted benchmark goes on where it stopped.
+Writes benchmarks/results/metaworld.json, and prints the table.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import sys
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import tyro
+
+ROOT = Path(__file__).parent
+RUNS = Path("runs/benchmark")
+
+
+@dataclass(frozen=True)
+class Args:
+    """What to run."""
+
+    tasks: tuple[str, ...] = ("drawer-open", "pick-place", "sweep-into", "push", "peg-insert-side")
+    """Names of shipped recipes."""
+    seeds: tuple[int, ...] = (0, 1, 2)
+    kinds: tuple[str, ...] = ("transformer", "mlp")
+    workers: int = 2
+    out: Path = field(default=ROOT / "results" / "metaworld.json")
+
+
+def recipe_for(task: str, kind: str, seed: int) -> Any:
+    """The shipped recipe with the network and the seed of this run; the MLP has the same number of weights."""
+    from dsrl_vla.recipe import load_recipe
+
+    recipe = load_recipe(task)
+    name = f"{task}-{kind}-{seed}"
+    recipe = replace(
+        recipe, name=name, train=replace(recipe.train, seed=seed), eval=replace(recipe.eval, video_episodes=0)
+    )
+    if kind == "mlp":
+        overrides = {"kind": "mlp", "width": 2 * recipe.head.network.width}
+        network = replace(recipe.head.network, **overrides)
+        critic = replace(recipe.critic, network=replace(recipe.critic.network, **overrides))
+        recipe = replace(recipe, head=replace(recipe.head, network=network), critic=critic)
+    return recipe
+
+
+def base_measures(task: str) -> dict[str, Any]:
+    """Base and controls on the evaluation seeds: once per task, for all its runs."""
+    from dsrl_vla import seeds as ranges
+    from dsrl_vla.bases import load_base
+    from dsrl_vla.evaluation import Measure, measure_base
+    from dsrl_vla.noise import NoiseLayout
+    from dsrl_vla.rollout import Episode, VectorTask
+
+    path = RUNS / f"{task}-base.json"
+    if not path.exists():
+        recipe = recipe_for(task, "transformer", 0)
+        base = load_base(recipe.base.uri, dtype=recipe.base.dtype)
+        layout = NoiseLayout(base.spec.noise, recipe.noise.layout, recipe.noise.bound, recipe.noise.columns)
+        episodes = ranges.block(ranges.EVALUATION, recipe.eval.episodes)
+        with VectorTask(recipe.task, base.spec.executed_steps) as vector:
+            found = measure_base(base, vector, layout, episodes, controls=True)
+        path.write_text(json.dumps({name: [asdict(e) for e in m.episodes] for name, m in found.items()}))
+    raw = json.loads(path.read_text())
+    return {name: Measure(tuple(Episode(**e) for e in episodes)) for name, episodes in raw.items()}
+
+
+def run_task(job: tuple[str, str, int]) -> None:
+    """One training run, unless it is there already."""
+    import torch
+    from dsrl_vla.training import train
+
+    task, kind, seed = job
+    torch.set_num_threads(1)
+    out = RUNS / f"{task}-{kind}-{seed}"
+    if kind == "base":
+        base_measures(task)
+    elif not (out / "eval.json").exists():
+        train(recipe_for(task, kind, seed), out, resume=(out / "recipe.yaml").exists(), known=base_measures(task))
+    print("done", task, kind, seed, flush=True)
+
+
+def collect(args: Args) -> dict[str, Any]:
+    """All finished runs as one table."""
+    tasks: dict[str, Any] = {}
+    for task in args.tasks:
+        for kind in args.kinds:
+            for seed in args.seeds:
+                out = RUNS / f"{task}-{kind}-{seed}"
+                if not (out / "eval.json").exists():
+                    continue
+                result = json.loads((out / "eval.json").read_text())
+                rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+                curve = [[r["env_steps"], r["validation_success"]] for r in rows if "validation_success" in r]
+                entry = tasks.setdefault(
+                    task, {k: result[k] for k in ("task", "episodes", "seeds", "base", "controls")} | {"runs": []}
+                )
+                keys = (
+                    "steered",
+                    "steered_stochastic",
+                    "difference",
+                    "train_seed",
+                    "env_steps",
+                    "validation_env_steps",
+                    "updates",
+                    "train_seconds",
+                    "base_sha256_before",
+                    "base_sha256_after",
+                )
+                reached = next((steps for steps, success in curve if success >= 0.9), None)
+                entry["runs"].append(
+                    {"kind": kind, **{k: result[k] for k in keys}, "steps_to_0.9": reached, "validation": curve}
+                )
+    return tasks
+
+
+def table(tasks: dict[str, Any]) -> str:
+    """The results as Markdown."""
+    lines = [
+        "| task | base | zero | clipped | layout | head | steered, mean | every seed | steps to 0.90 (validation) |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for name, entry in tasks.items():
+        cells = [
+            f"{m['success']:.2f}"
+            for m in (entry["base"], *(entry["controls"][c] for c in ("zero", "clipped", "layout")))
+        ]
+        for kind in dict.fromkeys(run["kind"] for run in entry["runs"]):
+            runs = [run for run in entry["runs"] if run["kind"] == kind]
+            each = [run["steered"]["success"] for run in runs]
+            steps = ", ".join(
+                "–" if run["steps_to_0.9"] is None else f"{run['steps_to_0.9'] / 1000:.1f}k" for run in runs
+            )
+            lines.append(
+                f"| {name} | {' | '.join(cells)} | {kind} | **{sum(each) / len(each):.2f}** | {', '.join(f'{s:.2f}' for s in each)} | {steps} |"
+            )
+    return "\n".join(lines)
+
+
+def main() -> int:
+    args = tyro.cli(Args, description=__doc__)
+    RUNS.mkdir(parents=True, exist_ok=True)
+    context = multiprocessing.get_context("spawn")
+    with context.Pool(args.workers, maxtasksperchild=1) as pool:
+        pool.map(run_task, [(task, "base", 0) for task in args.tasks], chunksize=1)
+        pool.map(run_task, [(t, k, s) for k in args.kinds for s in args.seeds for t in args.tasks], chunksize=1)
+    tasks = collect(args)
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    args.out.write_text(json.dumps(tasks, indent=1) + "\n")
+    print(table(tasks))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -142,7 +142,8 @@ def _train(argv: list[str]) -> int:
     if args.help_recipe:
         print(recipe.to_yaml())
         return 0
-    from .training import summary, train
+    from .evaluation import summary
+    from .training import train
 
     result = train(recipe, args.out or Path("runs") / recipe.name, resume=args.resume)
     if result.evaluation is None:

@@ -128,3 +128,13 @@ def evaluate(
         "difference": paired_difference(own, steered),
         "controls": {name: m.to_json() for name, m in found.items()},
     }
+
+
+def summary(result: dict[str, Any]) -> str:
+    """The result in a line."""
+    base, steered = result["base"], result["steered"]
+    first, last = result["seeds"]
+    return (
+        f"{result['task']}: base {base['success']:.2f} {base['ci95']}, steered {steered['success']:.2f} "
+        f"{steered['ci95']} over {result['episodes']} held-out episodes (seeds {first} to {last})"
+    )

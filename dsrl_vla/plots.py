@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from . import seeds as seed_ranges
 from .errors import missing_extra
 from .policy import FrozenPolicy
+from .recipe import Recipe
 from .rollout import TaskConfig, episode_generators
+from .run_dir import disk_errors
 from .sources import HeadNoise, NoiseSource, PriorNoise
 from .tasks import make_task
 
+log = logging.getLogger(__name__)
 _STEERED, _BASE = "#0b6e99", "#b5651d"
 
 
@@ -109,4 +114,20 @@ def _finish(frames: np.ndarray, success: bool, length: int, name: str) -> np.nda
     return held
 
 
-__all__ = ["draw_curves", "film", "write_video"]
+def draw_run(
+    out: Path,
+    recipe: Recipe,
+    base: FrozenPolicy,
+    head: SteeringHead,
+    rows: list[dict[str, Any]],
+    result: dict[str, Any],
+) -> None:
+    """The pictures: ``curves.png`` and ``rollouts.mp4``. A failure here loses nothing that was measured."""
+    with disk_errors(out):
+        draw_curves(out / "curves.png", rows, result)
+        if recipe.eval.video_episodes:
+            films = seed_ranges.block(result["seeds"][0], recipe.eval.video_episodes)
+            try:
+                write_video(out / "rollouts.mp4", base, head, recipe.task, films)
+            except Exception as error:
+                log.warning("rollouts.mp4 was not written: %s", error)

@@ -69,6 +69,8 @@ class TrainConfig:
     validate_every: int = 2_500
     """Environment steps between validations, which choose the best head."""
     validation_episodes: int = 20
+    stop_at: float | None = None
+    """Stop before `env_steps` once two validations in a row reach this success."""
     checkpoint_every: int = 5_000
     """Environment steps between checkpoints."""
     seed: int = 0
@@ -81,6 +83,8 @@ class TrainConfig:
         for name in (*least, "validation_episodes", "checkpoint_every", "threads"):
             if getattr(self, name) < 1:
                 raise bad(f"train.{name}", "1 or more", getattr(self, name))
+        if self.stop_at is not None and not 0 < self.stop_at <= 1:
+            raise bad("train.stop_at", "above 0 and at most 1", self.stop_at)
         if self.gradient_steps <= 0:
             raise bad("train.gradient_steps", "above 0", self.gradient_steps)
         if self.seed < 0:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import math
 import time
+from collections import deque
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from .evaluation import Measure, evaluate, measure, measure_base
 from .head import HeadConfig, SteeringHead
 from .latent_sac import LatentSAC
 from .noise import NoiseLayout
+from .plots import draw_run
 from .policy import FrozenPolicy
 from .probing import probe
 from .recipe import Recipe
@@ -85,7 +86,7 @@ def train(
         result = None
         if finished and evaluate_after:
             result = trainer.evaluate(head, known)
-            finish(out, recipe, base, head, trainer.metrics, result)
+            draw_run(out, recipe, base, head, trainer.metrics.rows(), result)
     return RunResult(head, result, out)
 
 
@@ -128,6 +129,7 @@ class Trainer:
         self.metrics = Metrics(out / "metrics.jsonl")
         self.base_sha256 = base.sha256()
         self.best: tuple[float, float] = (-1.0, 0.0)
+        self.validated: deque[float] = deque(maxlen=2)
         self.validation_env_steps = 0
         self.seconds = 0.0
         self.info: dict[str, torch.Tensor] = {}
@@ -140,7 +142,7 @@ class Trainer:
         )
         with Tracker(self.recipe, self.out) as tracker, bar:
             try:
-                while collector.env_steps < config.env_steps:
+                while not self.done:
                     before, updates, start = collector.env_steps, self.learner.updates, time.perf_counter()
                     self._decide()
                     rate = (self.learner.updates - updates) / (time.perf_counter() - start)
@@ -172,13 +174,19 @@ class Trainer:
     def _after(self, before: int, tracker: Tracker) -> None:
         """Reports, validation and checkpoints that fell due since `before` environment steps."""
         config, steps = self.recipe.train, self.collector.env_steps
-        done = steps >= config.env_steps
-        due = lambda every: done or steps // every > before // every
+        due = lambda every: self.done or steps // every > before // every
         found = self.validate() if self.learner.updates and due(config.validate_every) else {}
         if found or due(1000):
             tracker.log(self.report(found), steps)
         if due(config.checkpoint_every):
             self.checkpoint()
+
+    @property
+    def done(self) -> bool:
+        """Whether the steps are used up, or the head has been good enough twice in a row."""
+        config = self.recipe.train
+        good = config.stop_at is not None and len(self.validated) == 2 and min(self.validated) >= config.stop_at
+        return good or self.collector.env_steps >= config.env_steps
 
     def report(self, more: dict[str, float]) -> dict[str, float]:
         """Append a line to ``metrics.jsonl``; return it."""
@@ -200,6 +208,7 @@ class Trainer:
         seeds = seed_ranges.block(seed_ranges.VALIDATION, self.recipe.train.validation_episodes)
         found = measure(self.base, self.held_out, HeadNoise(self.head), seeds)
         steps = float(np.mean([e.steps for e in found.episodes]))
+        self.validated.append(found.success)
         self.validation_env_steps += sum(e.steps for e in found.episodes)
         if (found.success, -steps) > self.best:
             self.best = (found.success, -steps)
@@ -239,13 +248,11 @@ class Trainer:
         collector = self.collector
         tensors = {f"learner.{k}": v for k, v in self.learner.tensors().items()}
         tensors |= {f"replay.{k}": v for k, v in self.replay.tensors().items()}
-        state = {
-            "env_steps": collector.env_steps, "episodes": collector.episodes, "decisions": collector.decisions,
-            "recent": list(collector.recent), "updates": self.learner.updates,
-            "observed": self.replay.observed, "added": self.replay.added,
-            "best": list(self.best), "validation_env_steps": self.validation_env_steps, "seconds": self.seconds,
-            "rng": self.rng.bit_generator.state,
-        }  # fmt: skip
+        state = {name: getattr(collector, name) for name in ("env_steps", "episodes", "decisions")}
+        state |= {name: getattr(self, name) for name in ("validation_env_steps", "seconds")}
+        state |= {name: list(getattr(self, name)) for name in ("best", "validated")}
+        state |= {"updates": self.learner.updates, "observed": self.replay.observed, "added": self.replay.added}
+        state |= {"recent": list(collector.recent), "rng": self.rng.bit_generator.state}
         save_checkpoint(self.out / "checkpoints", collector.env_steps, tensors, state)
 
     def resume(self) -> None:
@@ -261,24 +268,9 @@ class Trainer:
         self.collector.recent.extend(state["recent"])
         self.rng.bit_generator.state = state["rng"]
         self.best = tuple(state["best"])
+        self.validated.extend(state["validated"])
         self.validation_env_steps, self.seconds = state["validation_env_steps"], state["seconds"]
         self.metrics.truncate(state["env_steps"])
-
-
-def finish(
-    out: Path, recipe: Recipe, base: FrozenPolicy, head: SteeringHead, metrics: Metrics, result: dict[str, Any]
-) -> None:
-    """The pictures: ``curves.png`` and ``rollouts.mp4``. A failure here loses nothing that was measured."""
-    from .plots import draw_curves, write_video
-
-    with disk_errors(out):
-        draw_curves(out / "curves.png", metrics.rows(), result)
-        if recipe.eval.video_episodes:
-            films = seed_ranges.block(result["seeds"][0], recipe.eval.video_episodes)
-            try:
-                write_video(out / "rollouts.mp4", base, head, recipe.task, films)
-            except Exception as error:
-                log.warning("rollouts.mp4 was not written: %s", error)
 
 
 def load_run(out: Path | str) -> tuple[Recipe, SteeringHead]:
@@ -293,13 +285,3 @@ def load_run(out: Path | str) -> tuple[Recipe, SteeringHead]:
     if not (out / "recipe.yaml").exists():
         raise bad(str(out), "a run's directory", "one without a recipe.yaml")
     return load_recipe(out / "recipe.yaml"), SteeringHead.from_pretrained(out / "best")
-
-
-def summary(result: dict[str, Any]) -> str:
-    """The result in a line."""
-    base, steered = result["base"], result["steered"]
-    text = json.dumps(result["seeds"])
-    return (
-        f"{result['task']}: base {base['success']:.2f} {base['ci95']}, steered {steered['success']:.2f} "
-        f"{steered['ci95']} over {result['episodes']} held-out episodes (seeds {text})"
-    )

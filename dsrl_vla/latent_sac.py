@@ -25,19 +25,19 @@ Info = dict[str, torch.Tensor]
 class SACConfig:
     """Hyper-parameters of the update."""
 
-    gamma: float = 0.9987
-    """Discount per environment step (0.99 per chunk of 8)."""
+    gamma: float = 0.99
+    """Discount per environment step."""
     reward_offset: float = 1.0
     """Added to every step's reward. With 1, a task of -1 per step and 0 at success reads 0 and 1: values start
     where failure is and only success moves them."""
     reward_scale: float = 1.0
     """Multiplies the reward, after the offset."""
-    tau: float = 0.005
+    tau: float = 0.01
     actor_lr: float = 3e-4
     critic_lr: float = 3e-4
-    alpha_lr: float = 3e-4
-    batch: int = 256
-    alpha_init: float = 0.1
+    alpha_lr: float = 3e-3
+    batch: int = 128
+    alpha_init: float = 0.01
     target_entropy: float = -0.5
     """Nats per dimension of the [-1, 1] box, where uniform noise has +0.69."""
     backup_entropy: bool = False

@@ -10,6 +10,7 @@ import numpy as np
 
 from . import seeds as seed_ranges
 from .errors import missing_extra
+from .head import SteeringHead
 from .policy import FrozenPolicy
 from .recipe import Recipe
 from .rollout import TaskConfig, episode_generators
@@ -85,7 +86,7 @@ def film(
     return np.stack(frames), success
 
 
-def write_video(path: Path, base: FrozenPolicy, head: Any, config: TaskConfig, seeds: list[int]) -> None:
+def write_video(path: Path, base: FrozenPolicy, head: SteeringHead, config: TaskConfig, seeds: list[int]) -> None:
     """Write an MP4 of base (left) and steered (right) on the same episodes, one seed after the other."""
     try:
         import imageio.v3 as iio

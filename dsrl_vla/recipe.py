@@ -63,7 +63,7 @@ class TrainConfig:
     """Environment steps of collection; validation episodes are counted apart."""
     learning_starts: int = 300
     """Decisions of base noise before the first update."""
-    gradient_steps: float = 1.0
+    gradient_steps: float = 3.0
     """Updates per decision."""
     replay_capacity: int = 50_000
     validate_every: int = 2_500

@@ -113,7 +113,7 @@ class Transformer(nn.Module):
         self.tokens = nn.ModuleList(StackedLinear(members, size, width) for size in inputs)
         self.kinds = nn.Parameter(torch.randn(members, 1, len(inputs), width) * 0.02)
         self.vector = StackedLinear(members, dim, width) if count else None
-        self.places = nn.Parameter(torch.randn(members, 1, count, width) * 0.02)
+        self.places = nn.Parameter(torch.randn(members, 1, count, width) * 0.02) if count else None
         self.norm_memory = StackedNorm(members, width)
         self.memory = StackedLinear(members, width, 2 * config.layers * width)
         self.everything = StackedLinear(members, sum(inputs) + count * dim, width)
@@ -126,7 +126,7 @@ class Transformer(nn.Module):
         """inputs: [(E, B, size)], vectors: (E, B, n, d) or None -> (E, B, queries, outputs)."""
         tokens = [torch.stack([embed(x) for embed, x in zip(self.tokens, inputs, strict=True)], 2) + self.kinds]
         flat = list(inputs)
-        if self.vector is not None and vectors is not None:
+        if self.vector is not None and self.places is not None and vectors is not None:
             tokens.append(self.vector(vectors) + self.places)
             flat.append(vectors.flatten(2))
         memory = self.memory(F.relu(self.norm_memory(torch.cat(tokens, 2))))

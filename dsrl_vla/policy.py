@@ -17,7 +17,7 @@ import torch
 
 from .errors import bad
 from .noise import NoiseSpace, generators
-from .observation import PROMPT, Observations, ObservationSpec, unsqueeze
+from .observation import Observations, ObservationSpec, unsqueeze
 
 if TYPE_CHECKING:
     from .head import SteeringHead
@@ -172,8 +172,3 @@ class SteeredPolicy:
             yield self
         finally:
             self.enabled = before
-
-    @property
-    def prompt_key(self) -> str:
-        """Where the prompt is in an observation."""
-        return PROMPT

@@ -83,8 +83,6 @@ class MetaWorldTask(TaskEnv):
             cameras={CAMERA: (IMAGE_SIZE, IMAGE_SIZE, 3)},
         )
         self._build_spaces()
-        closing = weakref.WeakMethod(self.close)  # a GL context must go before the interpreter does
-        atexit.register(lambda: (close := closing()) and close())
 
     def begin(self, seed: int) -> None:
         self.sim.seed(seed)
@@ -116,6 +114,10 @@ class MetaWorldTask(TaskEnv):
                     f"'{os.environ.get('MUJOCO_GL', '')}' ({error})",
                     "On Debian: apt-get install libegl1 libgl1 libosmesa6, then set MUJOCO_GL to egl or osmesa.",
                 ) from error
+            if len(self._renderers) == 1:
+                # A GL context has to go before mujoco ends its display, in an exit handler it has just registered.
+                closing = weakref.WeakMethod(self.close)
+                atexit.register(lambda: (close := closing()) and close())
         renderer = self._renderers[size]
         renderer.update_scene(self.sim.data, camera=camera)  # type: ignore[attr-defined]
         scene = renderer.scene  # type: ignore[attr-defined]

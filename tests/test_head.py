@@ -1,0 +1,165 @@
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from dsrl_vla import SteeringHead
+from dsrl_vla.critic import CriticConfig, CriticEnsemble
+from dsrl_vla.errors import DsrlError
+from dsrl_vla.head import HeadConfig, shrink
+from dsrl_vla.networks import NetworkConfig, build
+from dsrl_vla.noise import NoiseLayout, NoiseSpace, generators
+from dsrl_vla.observation import batch
+
+SPACE = NoiseSpace(6, 5, live=(True,) * 3 + (False,) * 2)
+KINDS = ["transformer", "mlp"]
+
+
+def config(kind="transformer", layout="repeat", **more):
+    network = NetworkConfig(kind, width=16, layers=2)
+    return HeadConfig(NoiseLayout(SPACE, layout), 4, 7, 6, "test", "test:base", network=network, **more)
+
+
+def inputs(n=5, cameras=(), seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    made = {"state": torch.randn(n, 4, generator=generator), "feature": torch.randn(n, 7, generator=generator)}
+    return made | {f"image.{c}": torch.randint(0, 256, (n, 32, 32, 3), dtype=torch.uint8) for c in cameras}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("layout", ["repeat", "chunk", "knots:2"])
+def test_latents_have_the_layouts_shape_and_stay_in_the_box(kind, layout):
+    head = SteeringHead(config(kind, layout))
+    latent, log_prob = head.sample(inputs())
+    assert latent.shape == (5, *head.layout.latent_shape) and log_prob.shape == (5,)
+    assert latent.abs().max() <= 1
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_log_density_matches_torchs_tanh_gaussian(kind):
+    head = SteeringHead(config(kind, "knots:2"))
+    latent, log_prob = head.sample(inputs(), torch.Generator().manual_seed(1))
+    mean, log_std = head.distribution(inputs())
+    normal = torch.distributions.Normal(mean, log_std.exp())
+    reference = torch.distributions.TransformedDistribution(normal, torch.distributions.transforms.TanhTransform())
+    expected = reference.log_prob(latent.clamp(-0.999999, 0.999999)).flatten(1).sum(1)
+    assert torch.allclose(log_prob, expected, atol=1e-3)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_ensemble_is_its_members_run_alone(kind):
+    members, sizes, vectors = 3, [4, 7], (2, 3)
+    network = NetworkConfig(kind, width=16)
+    stack = build(network, members, sizes, vectors, 1, 1)
+    state, feature, latent = torch.randn(5, 4), torch.randn(5, 7), torch.rand(5, 2, 3)
+    spread = lambda x: x.expand(members, *x.shape)
+    together = stack([spread(state), spread(feature)], spread(latent))
+    for i in range(members):
+        alone = build(network, 1, sizes, vectors, 1, 1)
+        alone.load_state_dict({k: v[i : i + 1] for k, v in stack.state_dict().items()})
+        assert torch.allclose(alone([state[None], feature[None]], latent[None])[0], together[i], atol=1e-6)
+    assert not torch.allclose(together[0], together[1])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradients_reach_every_weight(kind):
+    made = config(kind, "knots:2", cameras=("front",))
+    head, critic = SteeringHead(made), CriticEnsemble(CriticConfig(made.network), made)
+    seen = inputs(cameras=("front",))
+    latent, log_prob = head.sample(seen)
+    (critic(seen, latent).sum() + log_prob.sum()).backward()
+    for name, parameter in [*head.named_parameters(), *critic.named_parameters()]:
+        assert parameter.grad is not None and parameter.grad.abs().sum() > 0, name
+
+
+@pytest.mark.parametrize("reduction", ["min", "mean"])
+def test_the_ensemble_speaks_with_one_voice(reduction):
+    critic = CriticEnsemble(CriticConfig(NetworkConfig(width=16), 4, reduction), config())
+    latent = torch.rand(5, 1, 3)
+    q = critic(inputs(), latent)
+    assert q.shape == (4, 5)
+    assert torch.equal(critic.value(inputs(), latent), q.min(0).values if reduction == "min" else q.mean(0))
+
+
+def test_the_normaliser_centres_and_damps_a_wide_feature():
+    head = SteeringHead(config())
+    sample = {"state": torch.randn(500, 4) * 3 + 10, "feature": torch.randn(500, 7) * 5 - 2}
+    sample["state"][:, 3] = 7.0  # a column that never varies
+    head.eyes.normalise.fit(sample)
+    state, feature = head.eyes.normalise(sample)
+    assert state[:, :3].mean().abs() < 0.05 and (state[:, :3].std(0) - 1).abs().max() < 0.05
+    assert (state[:, 3] == 0).all()
+    assert abs(feature.norm(dim=1).square().mean() - 1) < 0.1
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_saved_head_is_the_same_head(kind, tmp_path):
+    head = SteeringHead(config(kind, "knots:3", cameras=("front",)))
+    head.eyes.normalise.fit(inputs(50))
+    head.save_pretrained(tmp_path)
+    loaded = SteeringHead.from_pretrained(tmp_path)
+    assert loaded.config == head.config
+    seen = inputs(cameras=("front",))
+    assert torch.equal(loaded.latent(seen, None), head.eval().latent(seen, None))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["head.safetensors", "head_config.json"]
+
+
+def test_a_head_that_does_not_fit_its_config_is_refused(tmp_path):
+    SteeringHead(config()).save_pretrained(tmp_path)
+    path = tmp_path / "head_config.json"
+    good = json.loads(path.read_text())
+    path.write_text(json.dumps(good | {"state_dim": 5}))
+    with pytest.raises(DsrlError, match="expected the weights that head_config.json describes") as caught:
+        SteeringHead.from_pretrained(tmp_path)
+    assert "\n" not in str(caught.value)
+    path.write_text(json.dumps(good | {"surprise": 1}))
+    with pytest.raises(DsrlError, match="surprise"):
+        SteeringHead.from_pretrained(tmp_path)
+    path.unlink()
+    with pytest.raises(DsrlError, match="expected a file head_config.json"):
+        SteeringHead.from_pretrained(tmp_path)
+
+
+def test_another_base_is_refused_naming_the_difference(fork_base):
+    spec = fork_base.spec
+    head = SteeringHead(HeadConfig.for_base(spec, NoiseLayout(spec.noise), NetworkConfig(width=16)))
+    head.check_base(spec)
+    others = {
+        "noise shape": replace(spec, noise=NoiseSpace(spec.noise.horizon + 1, spec.noise.dim)),
+        "noise prior": replace(spec, noise=NoiseSpace(*spec.noise.shape, prior="uniform")),
+        "live noise columns": replace(spec, noise=NoiseSpace(*spec.noise.shape, live=(True, False))),
+        "feature width": replace(spec, feature_dim=1),
+        "state width": replace(spec, observation=replace(spec.observation, state_dim=9)),
+        "executed steps": replace(spec, executed_steps=1),
+    }
+    for name, other in others.items():
+        with pytest.raises(DsrlError, match=name):
+            head.check_base(other)
+
+
+def test_a_head_can_look_at_small_images_itself(tiny_pi0, observation):
+    spec = tiny_pi0.spec
+    layout = NoiseLayout(spec.noise, "chunk")
+    head = SteeringHead(HeadConfig.for_base(spec, layout, NetworkConfig(width=16), cameras=("wrist",), image_size=24))
+    seen = batch([observation(tiny_pi0, size=(40, 56))])
+    read = head.read(seen, tiny_pi0.encode(seen))
+    assert read["image.wrist"].shape == (1, 24, 24, 3) and read["image.wrist"].dtype == torch.uint8
+    assert head.noise(seen, tiny_pi0.encode(seen), generators([0])).shape == (1, 1, *spec.noise.shape)
+
+
+def test_shrinking_keeps_the_mean():
+    image = torch.randint(0, 256, (1, 64, 64, 3), dtype=torch.uint8)
+    assert abs(shrink(image, 32).float().mean() - image.float().mean()) < 1
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"kind": "cnn"}, "network.kind: expected transformer or mlp"),
+        ({"width": 30}, "network.width: expected a multiple of network.heads=4"),
+        ({"layers": 0}, "network.layers"),
+    ],
+)
+def test_bad_networks_are_refused(fields, message):
+    with pytest.raises(DsrlError, match=message):
+        NetworkConfig(**fields)

@@ -1,0 +1,85 @@
+import pytest
+import yaml
+from dsrl_vla import load_recipe
+from dsrl_vla.errors import DsrlError, UnknownNameError
+from dsrl_vla.pretraining import load_pretrain_recipe
+from dsrl_vla.recipes import shipped
+
+
+@pytest.fixture
+def write(tmp_path):
+    def make(text, name="mine.yaml"):
+        path = tmp_path / name
+        path.write_text(text)
+        return path
+
+    return make
+
+
+@pytest.mark.parametrize("name", sorted(shipped()))
+def test_every_shipped_recipe_loads_and_says_what_it_is(name):
+    recipe = (load_pretrain_recipe if name.startswith("nano-") else load_recipe)(name)
+    assert recipe.description
+
+
+def test_a_recipe_survives_its_own_yaml(tmp_path):
+    recipe = load_recipe("peg-insert-side", {"sac": {"gamma": 0.98}, "head": {"cameras": ["behindGripper"]}})
+    path = tmp_path / "resolved.yaml"
+    path.write_text(recipe.to_yaml())
+    assert load_recipe(path) == recipe
+
+
+def test_overrides_and_extends_apply_in_order(write):
+    write("name: parent\nsac: {gamma: 0.9, tau: 0.5}\n", "parent.yaml")
+    child = write("extends: parent.yaml\nsac: {gamma: 0.8}\n", "child.yaml")
+    recipe = load_recipe(child, {"train": {"seed": 7}})
+    assert (recipe.sac.gamma, recipe.sac.tau, recipe.train.seed) == (0.8, 0.5, 7)
+
+
+def test_a_number_in_scientific_notation_is_a_number(write):
+    assert load_recipe(write("sac: {actor_lr: 3e-4, critic_lr: 1}")).sac.actor_lr == 3e-4
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("sac: {gama: 0.9}", "unknown recipe key 'sac.gama'. Did you mean 'sac.gamma'"),
+        ("trian: {seed: 1}", "unknown recipe key 'trian'. Did you mean 'train'"),
+        ("head: {network: {widht: 1}}", "Did you mean 'head.network.width'"),
+        ("train: {seed: one}", "train.seed: expected int, got 'one'"),
+        ("train: {seed: true}", "train.seed: expected int, got True"),
+        ("sac: {gamma: high}", "sac.gamma: expected float, got 'high'"),
+        ("sac: {gamma: 1.5}", "sac.gamma: expected above 0 and below 1, got 1.5"),
+        ("train: {tracker: mlflow}", "train.tracker: expected none or tensorboard or wandb or trackio"),
+        ("train: {stop_at: 1.5}", "train.stop_at: expected above 0 and at most 1"),
+        ("train: {env_steps: 0}", "train.env_steps: expected 1 or more"),
+        ("head: {cameras: front}", "head.cameras: expected a list"),
+        ("sac: 3", "sac: expected a mapping with keys"),
+        ("- a", "expected a mapping of sections, got list"),
+        ("a: [", "expected YAML"),
+        ("noise: {columns: some}", "noise.columns: expected live or all"),
+        ("task: {num_envs: 0}", "task.num_envs: expected 1 or more"),
+        ("eval: {episodes: 0}", "eval.episodes: expected 1 or more"),
+        ("extends: nothing", "unknown recipe 'nothing'"),
+    ],
+)
+def test_each_fault_is_one_line_that_names_the_field(write, text, message):
+    with pytest.raises(DsrlError, match=message) as caught:
+        load_recipe(write(text))
+    assert "\n" not in str(caught.value)
+
+
+def test_unknown_recipes_and_circles_are_refused(write):
+    with pytest.raises(UnknownNameError, match="unknown recipe 'demmo'. Did you mean 'demo'"):
+        load_recipe("demmo")
+    with pytest.raises(DsrlError, match="expected an existing YAML file"):
+        load_recipe("no/such.yaml")
+    write("extends: b.yaml", "a.yaml")
+    with pytest.raises(DsrlError, match="do not extend each other in a circle"):
+        load_recipe(write("extends: a.yaml", "b.yaml"))
+
+
+def test_the_resolved_recipe_writes_every_field_out():
+    tree = yaml.safe_load(load_recipe("demo").to_yaml())
+    assert set(tree) == {"name", "description", "base", "task", "noise", "head", "critic", "sac", "train", "eval"}
+    assert tree["critic"]["network"]["width"] > 0

@@ -1,0 +1,157 @@
+import numpy as np
+import pytest
+import torch
+from dsrl_vla import SteeringHead, make_task
+from dsrl_vla.collect import Collector
+from dsrl_vla.errors import DsrlError, UnknownNameError
+from dsrl_vla.head import HeadConfig
+from dsrl_vla.latent_sac import SACConfig
+from dsrl_vla.networks import NetworkConfig
+from dsrl_vla.noise import NoiseLayout
+from dsrl_vla.replay import Replay
+from dsrl_vla.rollout import TaskConfig, VectorTask, run_episodes
+from dsrl_vla.sources import HeadNoise, LayoutNoise, PriorNoise, ZeroNoise
+from dsrl_vla.tasks import ChunkEnv
+
+FORK = TaskConfig("point:fork", max_episode_steps=40, num_envs=4)
+
+
+def outcomes(episodes):
+    return {e.seed: (e.success, e.steps) for e in episodes}
+
+
+def test_an_episode_is_a_function_of_its_seed(fork_base):
+    source = PriorNoise(fork_base.spec.noise)
+    with VectorTask(FORK, 4) as task:
+        one = run_episodes(fork_base, task, source, range(12))
+        two = run_episodes(fork_base, task, source, range(11, -1, -1))
+        other = run_episodes(fork_base, task, source, range(12), trial=1)
+    assert [e.seed for e in one] == list(range(12))
+    assert outcomes(one) == outcomes(two)
+    assert outcomes(one) != outcomes(other)
+    assert 0 < sum(e.success for e in one) < 12
+
+
+def test_sync_and_async_environments_agree(fork_base):
+    source = PriorNoise(fork_base.spec.noise)
+    runs = []
+    for mode in ("sync", "async"):
+        with VectorTask(TaskConfig("point:fork", 40, 2, mode), 4) as task:
+            runs.append(outcomes(run_episodes(fork_base, task, source, range(5))))
+    assert runs[0] == runs[1]
+
+
+def test_every_source_gives_noise_of_the_bases_shape(fork_base, observation):
+    from dsrl_vla.noise import generators
+    from dsrl_vla.observation import batch
+
+    layout = NoiseLayout(fork_base.spec.noise, "knots:2", 1.2)
+    head = SteeringHead(HeadConfig.for_base(fork_base.spec, layout, NetworkConfig(width=16)))
+    observations = batch([observation(fork_base, i) for i in range(3)])
+    space = fork_base.spec.noise
+    for source in (PriorNoise(space), PriorNoise(space, 1.2), ZeroNoise(space), LayoutNoise(layout), HeadNoise(head)):
+        noise = source(observations, fork_base.encode(observations), generators([0, 1, 2]))
+        assert noise.shape == (3, 1, *space.shape)
+        if not (isinstance(source, PriorNoise) and source.clip is None):
+            assert noise.abs().max() <= 1.2
+
+
+def test_a_chunk_stops_where_the_episode_ends():
+    env = ChunkEnv(make_task("point:fork", max_episode_steps=6), 4)
+    env.reset(seed=0)
+    still = np.zeros((4, 2), np.float32)
+    *_, truncated, info = env.step(still)
+    assert not truncated and info["steps"] == 4
+    _, reward, terminated, truncated, info = env.step(still)
+    assert truncated and not terminated and info["steps"] == 2
+    assert reward == -2 and info["rewards"].tolist() == [-1, -1, 0, 0]
+
+
+def test_success_terminates_and_is_not_truncation():
+    env = make_task("point:fork")
+    env.reset(seed=0)
+    env.position = env.goal - [0.0, 0.2]
+    _, reward, terminated, truncated, info = env.step(np.array([0.0, 1.0]))
+    assert (reward, terminated, truncated, info["success"]) == (0.0, True, False, True)
+
+
+@pytest.fixture
+def collector(fork_base):
+    layout = NoiseLayout(fork_base.spec.noise, "repeat", 1.5)
+    torch.manual_seed(0)
+    head = SteeringHead(HeadConfig.for_base(fork_base.spec, layout, NetworkConfig(width=16)))
+    with VectorTask(FORK, 4) as task:
+        replay = Replay(5000, layout.latent_shape)
+        yield Collector(fork_base, head, task, replay, sac=SACConfig(gamma=0.9), first_seed=0)
+
+
+def test_collected_transitions_are_linked(collector):
+    """The next observation of a transition is what the next decision of that episode saw."""
+    for step in range(60):
+        collector.step(warm_up=step < 30)
+    replay = collector.replay
+    states, discounts = replay.inputs["state"], replay.discount[: replay.added]
+    assert 0 < (discounts == 0).sum() < replay.added  # some episodes succeed
+    for i in range(replay.added):
+        now, then = replay.index[i].tolist()
+        if discounts[i] == 0:
+            assert now == then and replay.reward[i] > 0
+        else:
+            assert torch.equal(states[now, 2:], states[then, 2:])  # the goal of the same episode
+            assert 0 < (states[now, :2] - states[then, :2]).norm() + 1e-3 < 0.6
+            steps = round(float(torch.log(discounts[i]) / np.log(0.9)))
+            assert 1 <= steps <= 4 and replay.reward[i] == 0
+    assert collector.decisions == 240
+    assert abs(replay.added - 240) <= 4  # all but those still open
+    assert collector.env_steps <= 960
+
+
+def test_one_prefix_pass_per_decision(collector, monkeypatch):
+    calls = []
+    encode = collector.base._encode
+    monkeypatch.setattr(collector.base, "_encode", lambda o, b: calls.append(b) or encode(o, b))
+    for _ in range(25):
+        collector.step(warm_up=True)
+    assert calls.count(4) == 25  # the rest are last observations of episodes that timed out
+
+
+def test_collection_is_repeatable(fork_base):
+    runs = []
+    for _ in range(2):
+        layout = NoiseLayout(fork_base.spec.noise)
+        torch.manual_seed(0)
+        head = SteeringHead(HeadConfig.for_base(fork_base.spec, layout, NetworkConfig(width=16)))
+        with VectorTask(FORK, 4) as task:
+            replay = Replay(500, layout.latent_shape)
+            made = Collector(fork_base, head, task, replay, sac=SACConfig(), first_seed=0)
+            for step in range(30):
+                made.step(warm_up=step < 10)
+        runs.append(replay.tensors())
+    assert all(torch.equal(runs[0][k], runs[1][k]) for k in runs[0])
+
+
+@pytest.mark.parametrize(
+    ("uri", "message"),
+    [
+        ("fork", r"task: expected '<family>:<name>'"),
+        ("piont:fork", "unknown task family 'piont'. Did you mean 'point'"),
+        ("point:frok", "unknown point task 'frok'. Did you mean 'fork'"),
+    ],
+)
+def test_unknown_tasks_are_refused_with_the_nearest(uri, message):
+    with pytest.raises((DsrlError, UnknownNameError), match=message):
+        make_task(uri)
+
+
+def test_bad_task_fields_are_named():
+    with pytest.raises(DsrlError, match="task.num_envs"):
+        TaskConfig(num_envs=0)
+    with pytest.raises(DsrlError, match="task.vector: expected sync or async"):
+        TaskConfig(vector="threads")
+
+
+def test_a_base_refuses_a_task_it_does_not_fit(fork_base, nano):
+    info = make_task("point:fork").info
+    fork_base.check_task(info)
+    with pytest.raises(DsrlError, match="expected actions of width 4, got 2"):
+        nano.check_task(info)

@@ -127,7 +127,8 @@ def _recipe(source: str, rest: list[str]) -> Any:
         place, parts = tree, name.replace("-", "_").split(".")
         for part in parts[:-1]:
             place = place.setdefault(part, {})
-        place[parts[-1]] = yaml.safe_load(value)
+        parsed = yaml.safe_load(value)
+        place[parts[-1]] = value if isinstance(parsed, dict) else parsed  # "nano:" is a URI, not a mapping
     recipe: Recipe = load_recipe(source, tree)
     return recipe
 

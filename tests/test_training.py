@@ -19,7 +19,8 @@ EVAL_KEYS = {
 def test_steering_turns_a_coin_flip_into_success(fork_recipe, fork_base, tmp_path):
     """A real run: the base takes the walled side half of the time, and zero noise the pillar."""
     recipe = load_recipe(fork_recipe, {
-        "train": {"env_steps": 12_000, "gradient_steps": 1.0, "validate_every": 2_000, "validation_episodes": 20, "stop_at": 1.0},
+        "train": {"env_steps": 12_000, "gradient_steps": 1.0, "validate_every": 2_000,
+                  "validation_episodes": 20, "stop_at": 1.0},
         "eval": {"episodes": 60, "video_episodes": 0},
     })  # fmt: skip
     run = train(recipe, tmp_path / "run", base=fork_base)
@@ -46,7 +47,8 @@ def short(folder, **train_fields):
         "task": {"uri": "point:fork", "max_episode_steps": 40, "num_envs": 4},
         "head": {"network": {"width": 16, "layers": 1}},
         "critic": {"network": {"width": 16, "layers": 1}},
-        "train": {"env_steps": 1500, "learning_starts": 32, "gradient_steps": 0.2, "validate_every": 500, "stop_at": None,
+        "train": {"env_steps": 1500, "learning_starts": 32, "gradient_steps": 0.2, "validate_every": 500,
+                  "stop_at": None,
                   "validation_episodes": 4, "checkpoint_every": 500} | train_fields,
         "eval": {"episodes": 6, "video_episodes": 1},
     }  # fmt: skip

@@ -1,0 +1,72 @@
+import json
+import subprocess
+import sys
+
+import pytest
+from dsrl_vla.cli import COMMANDS, main
+
+
+def test_lists(capsys):
+    assert main(["recipes", "--json"]) == 0
+    assert "demo" in json.loads(capsys.readouterr().out)
+    assert main(["adapters"]) == 0
+    assert "transformers:" in capsys.readouterr().out
+
+
+def test_train_resume_eval_and_preflight(fork_recipe, tmp_path, capsys):
+    out = tmp_path / "run"
+    assert main(["train", str(fork_recipe), "--out", str(out), "--train.seed", "3", "--sac.gamma=0.98"]) == 0
+    printed = capsys.readouterr().out
+    assert "base 0." in printed and "steered" in printed
+    result = json.loads((out / "eval.json").read_text())
+    assert result["train_seed"] == 3 and result["recipe"] == "fork"
+
+    assert main(["train", str(fork_recipe), "--out", str(out), "--resume"]) == 0
+    assert json.loads((out / "eval.json").read_text())["steered"] == result["steered"]
+
+    assert main(["eval", str(out), "--episodes", "10"]) == 0
+    again = json.loads((out / "eval.json").read_text())
+    assert again["steered"] == result["steered"] and again["base"] == result["base"]
+    assert again["env_steps"] == result["env_steps"]
+    assert "steered less base" in capsys.readouterr().out
+
+    flags = ["--episodes", "6", "--best-of", "2", "--layouts", "repeat", "chunk", "--bounds", "1.5"]
+    assert main(["preflight", str(fork_recipe), "--out", str(tmp_path / "pre"), *flags]) == 0
+    assert json.loads((tmp_path / "pre" / "preflight.json").read_text())["episodes"] == 6
+    assert "recommended: --noise.layout" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["trian", "demo"], "unknown command 'trian'. Did you mean 'train'"),
+        (["train", "demmo"], "unknown recipe 'demmo'. Did you mean 'demo'"),
+        (["train", "demo", "--train.sed", "1"], "unknown recipe key 'train.sed'. Did you mean 'train.seed'"),
+        (["train", "demo", "--train.seed", "x"], "train.seed: expected int, got 'x'"),
+        (["train", "demo", "--base.uri", "nanno:"], "unknown adapter 'nanno'. Did you mean 'nano'"),
+        (["train", "demo", "--base.uri", "nano"], "base: expected '<adapter>:<source>'"),
+        (["train", "demo", "--noise.layout", "repat"], "unknown noise layout 'repat'. Did you mean 'repeat'"),
+        (["eval", "no-such-run"], "expected a run's directory"),
+        (["pretrain", "nothing", "--out", "x"], "recipe: expected a YAML file"),
+    ],
+)
+def test_errors_are_one_line_with_status_2(argv, message, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(argv) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("dsrl-vla: ") and message in error
+
+
+def test_help_and_version(capsys):
+    assert main(["--help"]) == 0
+    usage = capsys.readouterr().out
+    assert all(name in usage for name in COMMANDS)
+    assert main([]) == 2
+    assert main(["--version"]) == 0
+    assert main(["train", "demo", "--help-recipe"]) == 0
+    assert "gradient_steps" in capsys.readouterr().out
+
+
+def test_a_commands_help_explains_its_options():
+    run = subprocess.run([sys.executable, "-m", "dsrl_vla.cli", "train", "--help"], capture_output=True, text=True)
+    assert run.returncode == 0 and "--resume" in run.stdout

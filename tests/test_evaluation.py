@@ -1,0 +1,96 @@
+import json
+
+import numpy as np
+import pytest
+from dsrl_vla import SteeringHead, evaluate, preflight
+from dsrl_vla.adapters.flow_mlp import FlowMLP
+from dsrl_vla.errors import DsrlError
+from dsrl_vla.evaluation import Measure, measure_base, paired_difference, wilson
+from dsrl_vla.head import HeadConfig
+from dsrl_vla.networks import NetworkConfig
+from dsrl_vla.noise import NoiseLayout
+from dsrl_vla.rollout import Episode, TaskConfig, VectorTask
+from dsrl_vla.steerability import PreflightConfig
+
+FORK = TaskConfig("point:fork", 40, 4)
+
+
+@pytest.mark.parametrize(
+    ("wins", "n", "low", "high"),
+    [(0, 10, 0.0, 0.2775), (5, 10, 0.2366, 0.7634), (95, 100, 0.8882, 0.9785), (100, 100, 0.9630, 1.0)],
+)
+def test_wilson_intervals_match_published_values(wins, n, low, high):
+    assert wilson(wins, n) == pytest.approx((low, high), abs=1e-4)
+
+
+def measure_of(wins):
+    return Measure(tuple(Episode(i, bool(w), 10, 0.0) for i, w in enumerate(wins)))
+
+
+def test_a_paired_difference_is_over_the_same_episodes():
+    gain = paired_difference(measure_of([0, 0, 1, 1] * 10), measure_of([1, 0, 1, 1] * 10))
+    assert gain["mean"] == 0.25 and 0 < gain["ci95"][0] < 0.25 < gain["ci95"][1] < 0.5
+
+
+@pytest.fixture
+def head(fork_base):
+    layout = NoiseLayout(fork_base.spec.noise, "repeat", 1.5)
+    return SteeringHead(HeadConfig.for_base(fork_base.spec, layout, NetworkConfig(width=16)))
+
+
+def test_evaluation_is_paired_seeded_and_repeatable(fork_base, head):
+    with VectorTask(FORK, 4) as task:
+        one = evaluate(fork_base, head, task, episodes=12)
+        known = measure_base(fork_base, task, head.layout, list(range(300_000, 300_012)), controls=True)
+        two = evaluate(fork_base, head, task, episodes=12, known=known)
+    assert one == two
+    assert one["seeds"] == [300_000, 300_011]
+    assert set(one["controls"]) == {"zero", "clipped", "layout"}
+    assert json.loads(json.dumps(one)) == one
+
+
+def test_a_head_for_another_base_is_refused(fork_base, nano, head):
+    with VectorTask(FORK, 4) as task, pytest.raises(DsrlError, match="noise shape"):
+        evaluate(nano, head, task, episodes=1)
+
+
+def test_preflight_measures_every_condition_and_recommends(fork_base):
+    config = PreflightConfig(episodes=24, best_of=4, layouts=("repeat", "chunk"), bounds=(1.0, 2.0))
+    seen = []
+    with VectorTask(FORK, 4) as task:
+        found = preflight(fork_base, task, config, lambda name, _: seen.append(name))
+    names = {"base", "zero", "clipped 1", "clipped 2", "layout repeat", "layout chunk"}
+    assert set(found["conditions"]) == names
+    assert len(seen) == 24 * (len(names) + 3)
+    assert found["recommendation"]["layout"] in config.layouts and found["recommendation"]["bound"] in config.bounds
+    assert found["best_of"]["success"] >= found["conditions"]["base"]["success"]
+    assert found["recommendation"]["worth_steering"] and "Choosing among 4 draws" in found["recommendation"]["words"]
+    assert found["noise_sensitivity"] > 0
+    assert json.loads(json.dumps(found)) == found
+
+
+class Straight(FlowMLP):
+    """Walks into the pillar whatever the noise, but for a tremor."""
+
+    def _denoise(self, encoding, noise):
+        return super()._denoise(encoding, noise) * 1e-3
+
+
+def test_preflight_says_when_there_is_nothing_to_gain(fork_base):
+    config = PreflightConfig(episodes=8, best_of=2, layouts=("repeat",), bounds=(1.5,))
+    with VectorTask(FORK, 4) as task:
+        found = preflight(Straight(fork_base.model), task, config)
+    assert not found["recommendation"]["worth_steering"]
+    assert "nothing to gain" in found["recommendation"]["words"]
+
+
+def test_preflight_asks_for_something_to_measure():
+    with pytest.raises(DsrlError, match="preflight"):
+        PreflightConfig(episodes=0)
+    with pytest.raises(DsrlError, match="at least one of each"):
+        PreflightConfig(layouts=())
+
+
+def test_success_is_a_share():
+    assert measure_of([1, 0, 0, 1]).success == 0.5
+    assert np.isclose(measure_of([1, 0, 0, 1]).to_json()["mean_steps"], 10)

@@ -38,7 +38,7 @@ lint: $(VENV)/ready
 	$(BIN)/mypy
 
 bench-metaworld: $(VENV)/ready
-	$(BIN)/python benchmarks/metaworld.py
+	$(BIN)/python benchmarks/steer_metaworld.py
 
 clean:
 	rm -rf $(VENV) build *.egg-info

@@ -42,7 +42,9 @@ def _import_metaworld():
         import metaworld.env_dict as env_dict
         import mujoco
     except ImportError as error:
-        raise missing_extra(error.name or "metaworld", "metaworld", "the task family 'metaworld:'") from error
+        raise missing_extra(
+            (error.name or "metaworld").split(".")[0], "metaworld", "the task family 'metaworld:'"
+        ) from error
     return env_dict, mujoco
 
 

@@ -1,6 +1,6 @@
 """The README's MetaWorld table: every task, three training seeds, transformer and MLP, against base and controls.
 
-    python benchmarks/metaworld.py [--workers 2] [--seeds 0 1 2] [--tasks …] [--kinds transformer mlp]
+    python benchmarks/steer_metaworld.py [--workers 2] [--seeds 0 1 2] [--tasks …] [--kinds transformer mlp]
 
 Runs are kept under runs/benchmark/ and not repeated, so an interrupted benchmark goes on where it stopped.
 Writes benchmarks/results/metaworld.json, and prints the table.
@@ -134,12 +134,9 @@ def table(tasks: dict[str, Any]) -> str:
         for kind in dict.fromkeys(run["kind"] for run in entry["runs"]):
             runs = [run for run in entry["runs"] if run["kind"] == kind]
             each = [run["steered"]["success"] for run in runs]
-            steps = ", ".join(
-                "–" if run["steps_to_0.9"] is None else f"{run['steps_to_0.9'] / 1000:.1f}k" for run in runs
-            )
-            lines.append(
-                f"| {name} | {' | '.join(cells)} | {kind} | **{sum(each) / len(each):.2f}** | {', '.join(f'{s:.2f}' for s in each)} | {steps} |"
-            )
+            steps = ["–" if run["steps_to_0.9"] is None else f"{run['steps_to_0.9'] / 1000:.1f}k" for run in runs]
+            mean, every = sum(each) / len(each), ", ".join(f"{success:.2f}" for success in each)
+            lines.append(f"| {name} | {' | '.join(cells)} | {kind} | **{mean:.2f}** | {every} | {', '.join(steps)} |")
     return "\n".join(lines)
 
 

@@ -6,7 +6,9 @@ repository's code.
 
 from __future__ import annotations
 
+import contextlib
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -106,12 +108,27 @@ def load(
         from transformers import AutoTokenizer, PI0ForConditionalGeneration
     except ImportError as error:
         raise missing_extra("transformers>=5.4", "transformers", "the adapter 'transformers:'") from error
-    model = PI0ForConditionalGeneration.from_pretrained(folder, dtype=DTYPES[dtype], use_safetensors=True)
+    with _quiet():
+        model = PI0ForConditionalGeneration.from_pretrained(folder, dtype=DTYPES[dtype], use_safetensors=True)
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     processing = Pi0Processing(Pi0Statistics.load(folder, statistics), tokenizer, model.config.max_state_dim)
     return TransformersPi0(
         model.to(device), processing, uri=uri or f"transformers:{source}", repo_id=repo_id, revision=revision
     )
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """No progress bar for a load that takes a moment; the user's own setting is put back."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def _resolve(source: str) -> tuple[Path, str, str]:

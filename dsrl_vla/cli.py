@@ -136,17 +136,17 @@ def _recipe(source: str, rest: list[str]) -> Any:
 def _train(argv: list[str]) -> int:
     """Train a steering head by a recipe, and evaluate it."""
     args, rest = _parse(TrainArgs, argv, "train")
-    if args.resume and args.out and not rest and (args.out / "recipe.yaml").exists():
-        recipe = _recipe(str(args.out / "recipe.yaml"), [])
-    else:
-        recipe = _recipe(args.recipe, rest)
+    recipe = _recipe(args.recipe, rest)
+    out = args.out or Path("runs") / recipe.name
+    if args.resume and not rest and (out / "recipe.yaml").exists():
+        recipe = _recipe(str(out / "recipe.yaml"), [])  # with the overrides the run was started with
     if args.help_recipe:
         print(recipe.to_yaml())
         return 0
     from .evaluation import summary
     from .training import train
 
-    result = train(recipe, args.out or Path("runs") / recipe.name, resume=args.resume)
+    result = train(recipe, out, resume=args.resume)
     if result.evaluation is None:
         return 130
     print(summary(result.evaluation))

@@ -27,7 +27,7 @@ $(VENV)/ready: setup.cfg pyproject.toml
 	touch $@
 
 demo: $(VENV)/ready
-	$(BIN)/dsrl-vla train demo --out $(OUT)
+	$(BIN)/dsrl-vla train demo --out $(OUT) $(if $(wildcard $(OUT)/recipe.yaml),--resume)
 
 test: $(VENV)/ready
 	$(BIN)/python -m pytest -n $(JOBS)

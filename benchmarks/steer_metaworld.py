@@ -30,6 +30,8 @@ class Args:
     seeds: tuple[int, ...] = (0, 1, 2)
     kinds: tuple[str, ...] = ("transformer", "mlp")
     workers: int = 2
+    report_only: bool = False
+    """Run nothing; collect the runs that have finished."""
     out: Path = field(default=ROOT / "results" / "metaworld.json")
 
 
@@ -143,10 +145,10 @@ def table(tasks: dict[str, Any]) -> str:
 def main() -> int:
     args = tyro.cli(Args, description=__doc__)
     RUNS.mkdir(parents=True, exist_ok=True)
-    context = multiprocessing.get_context("spawn")
-    with context.Pool(args.workers, maxtasksperchild=1) as pool:
-        pool.map(run_task, [(task, "base", 0) for task in args.tasks], chunksize=1)
-        pool.map(run_task, [(t, k, s) for k in args.kinds for s in args.seeds for t in args.tasks], chunksize=1)
+    if not args.report_only:
+        with multiprocessing.get_context("spawn").Pool(args.workers, maxtasksperchild=1) as pool:
+            pool.map(run_task, [(task, "base", 0) for task in args.tasks], chunksize=1)
+            pool.map(run_task, [(t, k, s) for k in args.kinds for s in args.seeds for t in args.tasks], chunksize=1)
     tasks = collect(args)
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(json.dumps(tasks, indent=1) + "\n")

@@ -114,5 +114,9 @@ class Collector:
 
     @property
     def success(self) -> float:
-        """Share of successes among the last 50 finished episodes; NaN before the first."""
-        return float(np.mean(self.recent)) if self.recent else float("nan")
+        """Share of successes among the last 50 finished episodes.
+
+        NaN until every environment has finished about two: the first to finish are the successes.
+        """
+        enough = len(self.recent) >= 2 * self.task.config.num_envs
+        return float(np.mean(self.recent)) if enough else float("nan")

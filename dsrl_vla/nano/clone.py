@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -114,8 +114,3 @@ def clone(
         schedule.step()
         on_step(step + 1, {"flow_loss": float(flow.detach()), "sight_loss": float(see.detach())})
     return model.eval(), tokenizer, stats
-
-
-def describe(config: CloneConfig, sizes: NanoConfig) -> dict[str, Any]:
-    """What a model card says of how the base was cloned."""
-    return {"clone": asdict(config), "sizes": asdict(sizes)}

@@ -131,18 +131,17 @@ def recommend(
     middle = sorted(config.bounds)[len(config.bounds) // 2]
     bound = middle if middle in harmless else max(harmless, default=1.0)
     words = []
-    zero = found["zero"].success
-    if own >= 0.95:
+    zero, best = found["zero"].success, headroom["success"]
+    saturated, hopeless = own >= 0.95, max(best, zero) <= own + 0.02
+    if saturated:
         words.append(f"The base already succeeds in {own:.0%} of episodes: steering has next to nothing to gain.")
-    elif headroom["success"] <= own + 0.02 and zero <= own + 0.02:
+    elif hopeless:
         words.append(
             f"None of {config.best_of} noise draws solves more episodes than one does ({own:.0%}): steering has "
             "nothing to gain here. The base needs more or other demonstrations."
         )
-    else:
-        words.append(
-            f"Choosing among {config.best_of} draws would give at least {headroom['success']:.0%} (base {own:.0%})."
-        )
+    elif best > own:
+        words.append(f"Choosing among {config.best_of} draws would give at least {best:.0%} (base {own:.0%}).")
     if zero > own + error:
         words.append(f"Constant zero noise already gives {zero:.0%}: a head has to beat that, not the base.")
     if not good:
@@ -152,6 +151,6 @@ def recommend(
     return {
         "layout": layout,
         "bound": float(bound),
-        "worth_steering": not words[0].endswith(("gain.", "demonstrations.")),
+        "worth_steering": not (saturated or hopeless),
         "words": " ".join(words),
     }

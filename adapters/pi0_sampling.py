@@ -45,10 +45,16 @@ def fan_out(cache: Any, count: int) -> Any:
     return fresh
 
 
+def suffix_inputs(inputs: dict[str, torch.Tensor], count: int) -> dict[str, torch.Tensor]:
+    """What the action expert reads beside the cache, every row `count` times."""
+    keys = ("state", "attention_mask", "pixel_attention_mask")
+    return {key: inputs[key].repeat_interleave(count, 0) for key in keys}
+
+
 def denoise(model: Any, inputs: dict[str, torch.Tensor], cache: Any, noise: torch.Tensor, steps: int) -> torch.Tensor:
     """Integrate the flow from noise (B, K, H, D) to normalised actions (B, K, H, D), all behind one prefix."""
     batch, count = noise.shape[:2]
-    per_noise = {key: inputs[key].repeat_interleave(count, 0) if count > 1 else inputs[key] for key in _SUFFIX}
+    per_noise = suffix_inputs(inputs, count)
     cache = fan_out(cache, count)
     length = cache.get_seq_length()
     x = rearrange(noise, "b k h d -> (b k) h d").to(inputs["state"].dtype)
@@ -59,9 +65,6 @@ def denoise(model: Any, inputs: dict[str, torch.Tensor], cache: Any, noise: torc
         cache.crop(length - cache.get_seq_length())
         x = x + dt * velocity
     return rearrange(x, "(b k) h d -> b k h d", b=batch)
-
-
-_SUFFIX = ("state", "attention_mask", "pixel_attention_mask")
 
 
 def flow_loss(
@@ -76,7 +79,7 @@ def flow_loss(
         The mean loss, and the prefix's pooled feature (B, width), both with gradients.
     """
     cache, hidden = prefix(model, inputs)
-    per_draw = {key: inputs[key].repeat_interleave(draws, 0) for key in _SUFFIX}
+    per_draw = suffix_inputs(inputs, draws)
     target = repeat(actions, "b h d -> (b k) h d", k=draws)
     loss = model(actions=target, past_key_values=fan_out(cache, draws), **per_draw).loss
     return loss.mean(), pool(hidden, inputs["attention_mask"])

@@ -112,12 +112,12 @@ def _parse(kind: type, argv: list[str], command: str) -> tuple[Any, list[str]]:
 
 def _recipe(source: str, rest: list[str]) -> Any:
     """A recipe with the remaining options applied over it."""
+    import yaml
+
     from .recipe import Recipe, load_recipe
 
     tree: dict[str, Any] = {}
     keys = iter(rest)
-    import yaml
-
     for option in keys:
         if not option.startswith("--"):
             raise DsrlError(f"unexpected argument '{option}': expected an option such as --train.seed 3.")
@@ -160,7 +160,6 @@ def _preflight(argv: list[str]) -> int:
     recipe = _recipe(args.recipe, rest)
     from tqdm import tqdm
 
-    from .bases import load_base
     from .rollout import VectorTask
     from .run_dir import disk_errors, write_json
     from .steerability import PreflightConfig, conditions, preflight
@@ -168,7 +167,7 @@ def _preflight(argv: list[str]) -> int:
 
     out = args.out or Path("runs") / f"{recipe.name}-preflight"
     config = PreflightConfig(args.episodes, args.best_of, tuple(args.layouts), tuple(args.bounds))
-    base = load_base(recipe.base.uri, dtype=recipe.base.dtype, device=recipe.base.device)
+    base = recipe.base.load()
     total = args.episodes * (len(conditions(base, config)) + args.best_of - 1)
     with (
         VectorTask(recipe.task, base.spec.executed_steps) as task,
@@ -193,7 +192,6 @@ def _eval(argv: list[str]) -> int:
     args = tyro.cli(EvalArgs, prog="dsrl-vla eval", args=argv)
     import json
 
-    from .bases import load_base
     from .evaluation import evaluate
     from .rollout import VectorTask
     from .run_dir import write_json
@@ -201,7 +199,7 @@ def _eval(argv: list[str]) -> int:
     from .training import load_run
 
     recipe, head = load_run(args.run)
-    base = load_base(recipe.base.uri, dtype=recipe.base.dtype, device=recipe.base.device)
+    base = recipe.base.load()
     before = base.sha256()
     with VectorTask(recipe.task, base.spec.executed_steps) as task:
         result = evaluate(base, head, task, args.episodes, args.controls)

@@ -90,6 +90,22 @@ class NetworkConfig:
             raise bad("network.layers", "1 or more", self.layers)
 
 
+@dataclass(frozen=True)
+class Shape:
+    """What goes into a network and what comes out."""
+
+    members: int
+    """E, the ensemble's size."""
+    inputs: list[int]
+    """Widths of the observed vectors (state, feature, image embeddings)."""
+    vectors: tuple[int, int]
+    """(n, d) of the noise latent the network reads; (0, 0) for none."""
+    queries: int
+    """How many tokens are read out, …"""
+    outputs: int
+    """… each into this many numbers."""
+
+
 class Transformer(nn.Module):
     """Query tokens that attend, layer by layer, to a token for each observed vector and each noise vector.
 
@@ -98,17 +114,10 @@ class Transformer(nn.Module):
     of all layers, so their keys and values are one matrix product.
     """
 
-    def __init__(
-        self,
-        config: NetworkConfig,
-        members: int,
-        inputs: list[int],
-        vectors: tuple[int, int],
-        queries: int,
-        outputs: int,
-    ):
+    def __init__(self, config: NetworkConfig, shape: Shape):
         super().__init__()
-        width, (count, dim) = config.width, vectors
+        members, inputs, queries = shape.members, shape.inputs, shape.queries
+        width, (count, dim) = config.width, shape.vectors
         self.heads, self.layers = config.heads, config.layers
         self.tokens = nn.ModuleList(StackedLinear(members, size, width) for size in inputs)
         self.kinds = nn.Parameter(torch.randn(members, 1, len(inputs), width) * 0.02)
@@ -120,7 +129,7 @@ class Transformer(nn.Module):
         self.queries = nn.Parameter(torch.randn(members, 1, queries, width) * 0.02)
         self.blocks = nn.ModuleList(Block(members, width, config.heads) for _ in range(config.layers))
         self.norm = StackedNorm(members, width)
-        self.read = StackedLinear(members, width, outputs, gain=0.1)
+        self.read = StackedLinear(members, width, shape.outputs, gain=0.1)
 
     def forward(self, inputs: list[torch.Tensor], vectors: torch.Tensor | None) -> torch.Tensor:
         """inputs: [(E, B, size)], vectors: (E, B, n, d) or None -> (E, B, queries, outputs)."""
@@ -140,21 +149,14 @@ class Transformer(nn.Module):
 class MLP(nn.Module):
     """The plain alternative: everything concatenated, `layers` + 1 layers of LayerNorm and ReLU."""
 
-    def __init__(
-        self,
-        config: NetworkConfig,
-        members: int,
-        inputs: list[int],
-        vectors: tuple[int, int],
-        queries: int,
-        outputs: int,
-    ):
+    def __init__(self, config: NetworkConfig, shape: Shape):
         super().__init__()
-        sizes = [sum(inputs) + vectors[0] * vectors[1]] + [config.width] * (config.layers + 1)
+        members, (count, dim) = shape.members, shape.vectors
+        sizes = [sum(shape.inputs) + count * dim] + [config.width] * (config.layers + 1)
         self.layers = nn.ModuleList(StackedLinear(members, a, b) for a, b in pairwise(sizes))
         self.norms = nn.ModuleList(StackedNorm(members, size) for size in sizes[1:])
-        self.read = StackedLinear(members, config.width, queries * outputs, gain=0.1)
-        self.shape = (queries, outputs)
+        self.read = StackedLinear(members, config.width, shape.queries * shape.outputs, gain=0.1)
+        self.shape = (shape.queries, shape.outputs)
 
     def forward(self, inputs: list[torch.Tensor], vectors: torch.Tensor | None) -> torch.Tensor:
         """inputs: [(E, B, size)], vectors: (E, B, n, d) or None -> (E, B, queries, outputs)."""
@@ -167,16 +169,9 @@ class MLP(nn.Module):
 def build(
     config: NetworkConfig, members: int, inputs: list[int], vectors: tuple[int, int], queries: int, outputs: int
 ) -> nn.Module:
-    """Build the network that `config.kind` names.
-
-    Args:
-        members: E, the ensemble's size.
-        inputs: widths of the observed vectors (state, feature, image embeddings).
-        vectors: (n, d) of the noise latent the network reads; (0, 0) for none.
-        queries: how many tokens are read out, each into `outputs` numbers.
-    """
+    """Build the network that `config.kind` names; for the other arguments see `Shape`."""
     kind = Transformer if config.kind == "transformer" else MLP
-    return kind(config, members, inputs, vectors, queries, outputs)
+    return kind(config, Shape(members, inputs, vectors, queries, outputs))
 
 
 class ImageTokens(nn.Module):

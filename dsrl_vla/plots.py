@@ -30,7 +30,7 @@ def draw_curves(path: Path, rows: list[dict[str, Any]], result: dict[str, Any] |
     from matplotlib import pyplot as plt
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.6), width_ratios=(1.6, 1))
-    train = [(r["env_steps"], r["success"]) for r in rows if r.get("success") is not None and "success" in r]
+    train = [(r["env_steps"], r["success"]) for r in rows if "success" in r]
     held = [(r["env_steps"], r["validation_success"]) for r in rows if "validation_success" in r]
     if train:
         left.plot(*zip(*train, strict=True), color=_STEERED, alpha=0.35, label="training, last 50 episodes")

@@ -15,10 +15,13 @@ from typing import Any, Literal
 
 import yaml
 
+from .bases import load_base
 from .critic import CriticConfig
 from .errors import bad, unknown
 from .latent_sac import SACConfig
 from .networks import NetworkConfig
+from .noise import NoiseLayout, NoiseSpace
+from .policy import FrozenPolicy
 from .recipes import shipped
 from .rollout import TaskConfig
 
@@ -32,6 +35,10 @@ class BaseConfig:
     dtype: Literal["float32", "bfloat16"] = "float32"
     device: str = "cpu"
 
+    def load(self) -> FrozenPolicy:
+        """Load it; raises what `dsrl_vla.load_base` raises."""
+        return load_base(self.uri, dtype=self.dtype, device=self.device)
+
 
 @dataclass(frozen=True)
 class NoiseConfig:
@@ -43,6 +50,10 @@ class NoiseConfig:
     """Greatest absolute noise a head may pick."""
     columns: Literal["live", "all"] = "live"
     """Steer the columns of real actions, the padding fixed at zero; or all of them."""
+
+    def over(self, space: NoiseSpace) -> NoiseLayout:
+        """This layout over a base's noise space; raises what `NoiseLayout` raises."""
+        return NoiseLayout(space, self.layout, self.bound, self.columns)
 
 
 @dataclass(frozen=True)

@@ -16,13 +16,11 @@ import torch
 from tqdm import tqdm
 
 from . import seeds as seed_ranges
-from .bases import load_base
 from .collect import Collector
 from .errors import bad
-from .evaluation import Measure, evaluate, measure, measure_base
+from .evaluation import Measure, evaluate, measure
 from .head import HeadConfig, SteeringHead
 from .latent_sac import LatentSAC
-from .noise import NoiseLayout
 from .plots import draw_run
 from .policy import FrozenPolicy
 from .probing import probe
@@ -72,7 +70,7 @@ def train(
     out = Path(out)
     _prepare(recipe, out, resume)
     torch.set_num_threads(recipe.train.threads)
-    base = base or load_base(recipe.base.uri, dtype=recipe.base.dtype, device=recipe.base.device)
+    base = base or recipe.base.load()
     with contextlib.ExitStack() as stack:
         task = stack.enter_context(VectorTask(recipe.task, base.spec.executed_steps))
         held_out = stack.enter_context(VectorTask(recipe.task, base.spec.executed_steps))
@@ -116,7 +114,7 @@ class Trainer:
         self.recipe, self.base, self.held_out, self.out = recipe, base, held_out, out
         config, sac = recipe.train, recipe.sac
         torch.manual_seed(config.seed)
-        layout = NoiseLayout(base.spec.noise, recipe.noise.layout, recipe.noise.bound, recipe.noise.columns)
+        layout = recipe.noise.over(base.spec.noise)
         head_config = HeadConfig.for_base(
             base.spec, layout, recipe.head.network, cameras=recipe.head.cameras, image_size=recipe.head.image_size
         )
@@ -224,12 +222,12 @@ class Trainer:
     def evaluate(self, head: SteeringHead, known: dict[str, Measure] | None) -> dict[str, Any]:
         """The paired evaluation that ends a run; writes ``eval.json``."""
         config = self.recipe.eval
-        seeds = seed_ranges.block(seed_ranges.EVALUATION, config.episodes)
         kinds = 3 + 3 * config.controls - (len(known) if known else 0)
         with tqdm(total=kinds * config.episodes, unit="episode", desc="evaluation", disable=None) as bar:
             tick = lambda _: bar.update()
-            known = known or measure_base(self.base, self.held_out, head.layout, seeds, config.controls, tick)
-            result = evaluate(self.base, head, self.held_out, config.episodes, on_episode=tick, known=known)
+            result = evaluate(
+                self.base, head, self.held_out, config.episodes, config.controls, on_episode=tick, known=known
+            )
         result |= {
             "recipe": self.recipe.name,
             "train_seed": self.recipe.train.seed,

@@ -31,6 +31,11 @@ def make(name: str, *, max_episode_steps: int = 40, uri: str = "") -> Fork:
     return Fork(uri or "point:fork", max_episode_steps)
 
 
+def _solid(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """Where the pillar and the wall to the right of it are; any shape."""
+    return (np.hypot(x, y - 1.0) <= _RADIUS) | ((x > 0.1) & (x < 1.2) & (y > 0.9) & (y < 1.1))
+
+
 class Fork(TaskEnv):
     """The fork in the road. It has no camera."""
 
@@ -45,14 +50,10 @@ class Fork(TaskEnv):
 
     def advance(self, action: np.ndarray) -> tuple[float, bool, bool]:
         moved = self.position + _STEP * np.clip(action, -1, 1)
-        if np.linalg.norm(moved - [0.0, 1.0]) > _RADIUS and not self._in_wall(moved):
+        if not _solid(*moved):
             self.position = moved
         success = bool(np.linalg.norm(self.position - self.goal) < _REACH)
         return (0.0 if success else -1.0), success, success
-
-    @staticmethod
-    def _in_wall(p: np.ndarray) -> bool:
-        return bool(0.1 < p[0] < 1.2 and 0.9 < p[1] < 1.1)
 
     def observe(self) -> dict[str, np.ndarray]:
         return {STATE: np.concatenate([self.position, self.goal]).astype(np.float32)}
@@ -61,7 +62,7 @@ class Fork(TaskEnv):
         picture = np.full((size, size, 3), 255, np.uint8)
         y, x = np.mgrid[0:size, 0:size] / size
         x, y = (x - 0.5) * 3, 2.4 - y * 3
-        picture[(np.hypot(x, y - 1.0) < _RADIUS) | ((x > 0.1) & (x < 1.2) & (y > 0.9) & (y < 1.1))] = 90
+        picture[_solid(x, y)] = 90
         picture[np.hypot(x - self.goal[0], y - self.goal[1]) < _REACH] = (60, 170, 80)
         picture[np.hypot(x - self.position[0], y - self.position[1]) < 0.06] = (11, 110, 153)
         return picture

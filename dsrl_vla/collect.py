@@ -3,28 +3,17 @@
 from __future__ import annotations
 
 from collections import deque
-from dataclasses import dataclass
 
 import numpy as np
 import torch
 
 from .head import SteeringHead
 from .latent_sac import SACConfig
+from .n_step import Decision, NStepWindows
 from .observation import select
 from .policy import FrozenPolicy
 from .replay import Replay
-from .rollout import VectorTask, episode_generators
-
-
-@dataclass
-class _Pending:
-    """Transitions whose next observation has not been encoded yet."""
-
-    now: np.ndarray
-    latent: torch.Tensor
-    reward: np.ndarray
-    discount: np.ndarray
-    rows: np.ndarray
+from .rollout import ChunkResult, VectorTask, episode_generators
 
 
 class Collector:
@@ -47,7 +36,6 @@ class Collector:
         self.sac, self.first_seed = sac, first_seed
         self.episodes = self.env_steps = self.decisions = 0
         self.recent: deque[bool] = deque(maxlen=50)
-        self._pending: _Pending | None = None
         self._start()
 
     def _next_seed(self) -> int:
@@ -58,11 +46,11 @@ class Collector:
         seeds = [self._next_seed() for _ in range(self.task.config.num_envs)]
         self.streams = episode_generators(seeds)
         self.observations = self.task.reset(seeds)
+        self.windows = NStepWindows(self.sac.n_step, len(seeds), self.replay.add)
 
     def resume(self, episodes: int, env_steps: int, decisions: int) -> None:
         """Go on counting from a checkpoint; episodes that were under way start anew, with new seeds."""
         self.episodes, self.env_steps, self.decisions = episodes, env_steps, decisions
-        self._pending = None
         self._start()
 
     @torch.no_grad()
@@ -71,7 +59,7 @@ class Collector:
         encoding = self.base.encode(self.observations)
         inputs = self.head.read(self.observations, encoding)
         numbers = self.replay.observe(inputs)
-        self._settle(numbers)
+        self.windows.observed(np.arange(len(numbers)), numbers)
         layout = self.head.layout
         latent = layout.sample(self.streams)[:, 0] if warm_up else self.head.latent(inputs, self.streams)
         noise = layout.expand(latent).unsqueeze(1)
@@ -81,32 +69,22 @@ class Collector:
         discount = np.where(result.terminated, 0.0, self.sac.gamma**result.steps)
         self.env_steps += int(result.steps.sum())
         self.decisions += len(numbers)
-        alive = np.flatnonzero(~result.done)
-        self._pending = _Pending(numbers[alive], latent[alive], reward[alive], discount[alive], alive)
+        for row, number in enumerate(numbers):
+            self.windows.push(row, Decision(int(number), latent[row], float(reward[row]), float(discount[row])))
         self.observations = result.observations
         if result.done.any():
-            self._finish(result, numbers, latent, reward, discount)
+            self._finish(result)
 
-    def _settle(self, numbers: np.ndarray) -> None:
-        """Complete the transitions of the previous decision with the observations just stored."""
-        if self._pending is not None and len(self._pending.rows):
-            p = self._pending
-            self.replay.add(p.now, p.latent, p.reward, p.discount, numbers[p.rows])
-        self._pending = None
-
-    def _finish(
-        self, result, numbers: np.ndarray, latent: torch.Tensor, reward: np.ndarray, discount: np.ndarray
-    ) -> None:
-        """Store the last transitions of finished episodes and start new ones. A timeout bootstraps."""
-        ended = np.flatnonzero(result.terminated)
-        self.replay.add(numbers[ended], latent[ended], reward[ended], discount[ended], numbers[ended])
+    def _finish(self, result: ChunkResult) -> None:
+        """Complete the transitions of finished episodes and start new ones. A timeout bootstraps."""
         late = np.flatnonzero(result.truncated & ~result.terminated)
         if len(late):
             final = select(result.observations, list(late))
-            then = self.replay.observe(self.head.read(final, self.base.encode(final)))
-            self.replay.add(numbers[late], latent[late], reward[late], discount[late], then)
-        seeds: list[int | None] = [None] * len(numbers)
+            self.windows.observed(late, self.replay.observe(self.head.read(final, self.base.encode(final))))
+        seeds: list[int | None] = [None] * len(result.done)
         for i in np.flatnonzero(result.done):
+            end = self.windows.terminated if result.terminated[i] else self.windows.truncated
+            end(int(i))
             self.recent.append(bool(result.success[i]))
             seeds[i] = self._next_seed()
             self.streams[i] = episode_generators([seeds[i]])[0]  # type: ignore[list-item]

@@ -32,6 +32,8 @@ class SACConfig:
     where failure is and only success moves them."""
     reward_scale: float = 1.0
     """Multiplies the reward, after the offset."""
+    n_step: int = 1
+    """Decisions per return; see `dsrl_vla.n_step`."""
     tau: float = 0.01
     actor_lr: float = 3e-4
     critic_lr: float = 3e-4
@@ -42,6 +44,9 @@ class SACConfig:
     """Nats per dimension of the [-1, 1] box, where uniform noise has +0.69."""
     backup_entropy: bool = False
     """Whether the entropy bonus enters the target. Off: on it feeds itself (see the README)."""
+    actor_average: float = 0.998
+    """Weight of the past in the running average of the actor, per update. The average is what is validated, saved
+    and served: the mode of the actor itself swings from one validation to the next. 0 turns it off."""
     max_grad_norm: float = 10.0
 
     def __post_init__(self) -> None:
@@ -49,8 +54,11 @@ class SACConfig:
             raise bad("sac.gamma", "above 0 and below 1", self.gamma)
         if not 0 < self.tau <= 1:
             raise bad("sac.tau", "above 0 and at most 1", self.tau)
-        if self.batch < 1:
-            raise bad("sac.batch", "1 or more", self.batch)
+        if not 0 <= self.actor_average < 1:
+            raise bad("sac.actor_average", "0 or more and below 1", self.actor_average)
+        for name in ("batch", "n_step"):
+            if getattr(self, name) < 1:
+                raise bad(f"sac.{name}", "1 or more", getattr(self, name))
         for name in ("actor_lr", "critic_lr", "alpha_lr", "alpha_init", "max_grad_norm"):
             if getattr(self, name) <= 0:
                 raise bad(f"sac.{name}", "above 0", getattr(self, name))
@@ -125,6 +133,8 @@ class LatentSAC:
         self.head, self.config, self.bounds = head, config, value_bounds
         self.critic = CriticEnsemble(critic, head.config)
         self.target = copy.deepcopy(self.critic).requires_grad_(False)
+        self.average = copy.deepcopy(head).requires_grad_(False)
+        """The head to use: the actor, averaged over its updates."""
         self.log_alpha = torch.tensor(config.alpha_init).log().requires_grad_()
         self.optimizers = {
             "actor": torch.optim.Adam(head.parameters(), config.actor_lr, fused=True),
@@ -136,7 +146,7 @@ class LatentSAC:
 
     def fit_normaliser(self, inputs: HeadInputs) -> None:
         """Fit head's and critics' observation statistics on warm-up data."""
-        for module in (self.head, self.critic, self.target):
+        for module in (self.head, self.average, self.critic, self.target):
             module.eyes.normalise.fit(inputs)
 
     def update(self, batch: Batch) -> Info:
@@ -146,13 +156,13 @@ class LatentSAC:
             self.critic, self.target, self.head, alpha, batch, self.bounds, config.backup_entropy, self.generator
         )
         self._step("critic", loss, list(self.critic.parameters()))
-        pairs = list(zip(self.target.parameters(), self.critic.parameters(), strict=True))
-        with torch.no_grad():
-            torch._foreach_lerp_([t for t, _ in pairs], [c for _, c in pairs], config.tau)
+        _follow(self.target, self.critic, config.tau)
 
         self.critic.requires_grad_(False)
         loss, more = actor_loss(self.critic, self.head, alpha, batch, self.generator)
         self._step("actor", loss, list(self.head.parameters()))
+        # Young averages forget faster, so that the initial weights do not linger.
+        _follow(self.average, self.head, max(1 - config.actor_average, 1 / (1 + self.updates)))
         self.critic.requires_grad_(True)
         info |= more
 
@@ -171,6 +181,7 @@ class LatentSAC:
     def tensors(self) -> dict[str, torch.Tensor]:
         """Everything needed to go on, as flat named tensors."""
         state = {f"head.{k}": v for k, v in self.head.state_dict().items()}
+        state |= {f"average.{k}": v for k, v in self.average.state_dict().items()}
         state |= {f"critic.{k}": v for k, v in self.critic.state_dict().items()}
         state |= {f"target.{k}": v for k, v in self.target.state_dict().items()}
         for name, optimizer in self.optimizers.items():
@@ -180,7 +191,8 @@ class LatentSAC:
 
     def load_tensors(self, state: dict[str, torch.Tensor], updates: int) -> None:
         """Undo `tensors`."""
-        for name, module in (("head", self.head), ("critic", self.critic), ("target", self.target)):
+        for name in ("head", "average", "critic", "target"):
+            module: torch.nn.Module = getattr(self, name)
             module.load_state_dict({k[len(name) + 1 :]: v for k, v in state.items() if k.startswith(f"{name}.")})
         for name, optimizer in self.optimizers.items():
             slots: dict[int, dict[str, Any]] = {}
@@ -193,3 +205,10 @@ class LatentSAC:
             self.log_alpha.copy_(state["log_alpha"])
         self.generator.set_state(state["generator"])
         self.updates = updates
+
+
+@torch.no_grad()
+def _follow(follower: torch.nn.Module, leader: torch.nn.Module, weight: float) -> None:
+    """follower += weight (leader - follower), in place."""
+    pairs = list(zip(follower.parameters(), leader.parameters(), strict=True))
+    torch._foreach_lerp_([f for f, _ in pairs], [p for _, p in pairs], weight)

@@ -202,22 +202,22 @@ class Trainer:
         return row
 
     def validate(self) -> dict[str, float]:
-        """Run the deterministic head on the validation episodes; save it when it is the best so far."""
+        """Run the averaged, deterministic head on the validation episodes; save it when it is the best so far."""
         seeds = seed_ranges.block(seed_ranges.VALIDATION, self.recipe.train.validation_episodes)
-        found = measure(self.base, self.held_out, HeadNoise(self.head), seeds)
+        found = measure(self.base, self.held_out, HeadNoise(self.learner.average), seeds)
         steps = float(np.mean([e.steps for e in found.episodes]))
         self.validated.append(found.success)
         self.validation_env_steps += sum(e.steps for e in found.episodes)
         if (found.success, -steps) > self.best:
             self.best = (found.success, -steps)
             with disk_errors(self.out):
-                self.head.save_pretrained(self.out / "best")
+                self.learner.average.save_pretrained(self.out / "best")
         return {"validation_success": found.success, "validation_steps": steps}
 
     def best_head(self) -> SteeringHead:
         """The best head so far; the present one when none has been validated."""
         folder = self.out / "best"
-        return SteeringHead.from_pretrained(folder) if folder.is_dir() else self.head.eval()
+        return SteeringHead.from_pretrained(folder) if folder.is_dir() else self.learner.average.eval()
 
     def evaluate(self, head: SteeringHead, known: dict[str, Measure] | None) -> dict[str, Any]:
         """The paired evaluation that ends a run; writes ``eval.json``."""

@@ -6,6 +6,7 @@ The same operations in the same order as ``PI0ForConditionalGeneration.sample_ac
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -45,10 +46,30 @@ def fan_out(cache: Any, count: int) -> Any:
     return fresh
 
 
+_READ_BY_EXPERT = ("state", "attention_mask", "pixel_attention_mask")
+
+
+def pack(inputs: dict[str, torch.Tensor], cache: Any) -> dict[str, torch.Tensor]:
+    """Everything `denoise` needs, as named tensors (B, …)."""
+    kept = {name: inputs[name] for name in _READ_BY_EXPERT}
+    for index, layer in enumerate(cache.layers):
+        kept |= {f"keys.{index}": layer.keys, f"values.{index}": layer.values}
+    return kept
+
+
+def unpack(tensors: Mapping[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], Any]:
+    """Undo `pack`: what the action expert reads beside the cache, and the cache."""
+    from transformers import DynamicCache
+
+    cache = DynamicCache()
+    for index in range(sum(name.startswith("keys.") for name in tensors)):
+        cache.update(tensors[f"keys.{index}"], tensors[f"values.{index}"], index)
+    return {name: tensors[name] for name in _READ_BY_EXPERT}, cache
+
+
 def suffix_inputs(inputs: dict[str, torch.Tensor], count: int) -> dict[str, torch.Tensor]:
     """What the action expert reads beside the cache, every row `count` times."""
-    keys = ("state", "attention_mask", "pixel_attention_mask")
-    return {key: inputs[key].repeat_interleave(count, 0) for key in keys}
+    return {name: inputs[name].repeat_interleave(count, 0) for name in _READ_BY_EXPERT}
 
 
 def denoise(model: Any, inputs: dict[str, torch.Tensor], cache: Any, noise: torch.Tensor, steps: int) -> torch.Tensor:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -73,6 +73,14 @@ class TransformersPi0(FrozenPolicy):
         noise = noise.to(self.model.device)
         chunk = pi0_sampling.denoise(self.model, context.inputs, context.cache, noise, self.spec.sampler_steps)
         return self.processing.actions(chunk)
+
+    def pack(self, encoding: Encoding) -> dict[str, torch.Tensor]:
+        context: _Context = encoding.context
+        return pi0_sampling.pack(context.inputs, context.cache)
+
+    def unpack(self, tensors: Mapping[str, torch.Tensor]) -> Encoding:
+        inputs, cache = pi0_sampling.unpack(tensors)
+        return Encoding(len(inputs["state"]), None, _Context(inputs, cache))
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         return self.model.state_dict()

@@ -7,11 +7,12 @@ from collections import deque
 import numpy as np
 import torch
 
-from .head import SteeringHead
+from .head import HeadInputs, SteeringHead
 from .latent_sac import SACConfig
 from .n_step import Decision, NStepWindows
+from .noise_bank import Keeper
 from .observation import select
-from .policy import FrozenPolicy
+from .policy import Encoding, FrozenPolicy
 from .replay import Replay
 from .rollout import ChunkResult, VectorTask, episode_generators
 
@@ -31,9 +32,10 @@ class Collector:
         *,
         sac: SACConfig,
         first_seed: int,
+        keeper: Keeper | None = None,
     ):
         self.base, self.head, self.task, self.replay = base, head, task, replay
-        self.sac, self.first_seed = sac, first_seed
+        self.sac, self.first_seed, self.keeper = sac, first_seed, keeper or Keeper()
         self.episodes = self.env_steps = self.decisions = 0
         self.recent: deque[bool] = deque(maxlen=50)
         self._start()
@@ -58,12 +60,12 @@ class Collector:
         """One decision in every environment."""
         encoding = self.base.encode(self.observations)
         inputs = self.head.read(self.observations, encoding)
-        numbers = self.replay.observe(inputs)
+        numbers = self._store(inputs, encoding)
         self.windows.observed(np.arange(len(numbers)), numbers)
         layout = self.head.layout
         latent = layout.sample(self.streams)[:, 0] if warm_up else self.head.latent(inputs, self.streams)
-        noise = layout.expand(latent).unsqueeze(1)
-        chunks = self.base.denoise(encoding, noise)[:, 0, : self.base.spec.executed_steps]
+        chunks, extras = self.keeper.denoise(self.base, encoding, self.head, inputs, latent, self.streams)
+        self.replay.attach(numbers, extras)
         result = self.task.step(chunks.numpy())
         reward = self.sac.chunk_reward(result.rewards, result.steps)
         discount = np.where(result.terminated, 0.0, self.sac.gamma**result.steps)
@@ -75,12 +77,19 @@ class Collector:
         if result.done.any():
             self._finish(result)
 
+    def _store(self, inputs: HeadInputs, encoding: Encoding) -> np.ndarray:
+        """Store a batch of observations with what is to be kept of each; return their numbers."""
+        numbers = self.replay.observe(inputs)
+        self.replay.attach(numbers, self.keeper.observed(self.base, encoding))
+        return numbers
+
     def _finish(self, result: ChunkResult) -> None:
         """Complete the transitions of finished episodes and start new ones. A timeout bootstraps."""
         late = np.flatnonzero(result.truncated & ~result.terminated)
         if len(late):
             final = select(result.observations, list(late))
-            self.windows.observed(late, self.replay.observe(self.head.read(final, self.base.encode(final))))
+            encoding = self.base.encode(final)
+            self.windows.observed(late, self._store(self.head.read(final, encoding), encoding))
         seeds: list[int | None] = [None] * len(result.done)
         for i in np.flatnonzero(result.done):
             end = self.windows.terminated if result.terminated[i] else self.windows.truncated

@@ -34,11 +34,13 @@ class CriticConfig:
 class CriticEnsemble(nn.Module):
     """Q_i(observation, u) for i in 1..E."""
 
-    def __init__(self, config: CriticConfig, head: HeadConfig):
+    def __init__(self, config: CriticConfig, head: HeadConfig, vectors: tuple[int, int] | None = None):
+        """`vectors`: shape (n, d) of what is judged; by default the latent of the head's layout."""
         super().__init__()
         self.config = config
         self.eyes = Eyes(head)
-        self.network = build(config.network, config.members, self.eyes.sizes, head.layout.latent_shape, 1, 1)
+        vectors = vectors or head.layout.latent_shape
+        self.network = build(config.network, config.members, self.eyes.sizes, vectors, 1, 1)
 
     def forward(self, inputs: HeadInputs, latent: torch.Tensor) -> torch.Tensor:
         """inputs (B, …), latent (B, n, d) in [-1, 1] -> (E, B)."""

@@ -13,10 +13,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 
 from .critic import CriticConfig, CriticEnsemble
 from .errors import bad
-from .head import HeadInputs, SteeringHead
+from .head import SteeringHead
+from .noise_bank import Keeper
+from .replay import Batch, Replay
 
 Info = dict[str, torch.Tensor]
 
@@ -73,17 +76,6 @@ class SACConfig:
         """The least and greatest value that rewards in `reward_range` can add up to, forever."""
         low, high = (self.reward_scale * (r + self.reward_offset) for r in reward_range)
         return min(low, low / (1 - self.gamma)), max(high, high / (1 - self.gamma))
-
-
-@dataclass(frozen=True)
-class Batch:
-    """Transitions, N rows each."""
-
-    inputs: HeadInputs
-    latent: torch.Tensor  # (N, n, d) in [-1, 1]
-    reward: torch.Tensor  # (N,), discounted inside the chunk
-    discount: torch.Tensor  # (N,), gamma^k, and 0 where the episode terminated
-    next_inputs: HeadInputs
 
 
 def critic_loss(
@@ -144,46 +136,58 @@ class LatentSAC:
         self.generator = torch.Generator().manual_seed(seed)
         self.updates = 0
 
-    def fit_normaliser(self, inputs: HeadInputs) -> None:
+    @property
+    def modules(self) -> dict[str, nn.Module]:
+        """Everything with weights, by the name it is saved under."""
+        return {"head": self.head, "average": self.average, "critic": self.critic, "target": self.target}
+
+    def keeper(self) -> Keeper:
+        """What has to be kept of a decision: nothing but noise, reward and observations."""
+        return Keeper()
+
+    def fit_normaliser(self, replay: Replay) -> None:
         """Fit head's and critics' observation statistics on warm-up data."""
-        for module in (self.head, self.average, self.critic, self.target):
-            module.eyes.normalise.fit(inputs)
+        for module in self.modules.values():
+            module.eyes.normalise.fit(replay.observations())  # type: ignore[union-attr, operator]
 
     def update(self, batch: Batch) -> Info:
         """One step each of critic, target, actor and temperature. Nothing is copied to Python."""
-        config, alpha = self.config, self.log_alpha.detach().exp()
-        loss, info = critic_loss(
-            self.critic, self.target, self.head, alpha, batch, self.bounds, config.backup_entropy, self.generator
-        )
-        self._step("critic", loss, list(self.critic.parameters()))
-        _follow(self.target, self.critic, config.tau)
-
-        self.critic.requires_grad_(False)
-        loss, more = actor_loss(self.critic, self.head, alpha, batch, self.generator)
-        self._step("actor", loss, list(self.head.parameters()))
-        # Young averages forget faster, so that the initial weights do not linger.
-        _follow(self.average, self.head, max(1 - config.actor_average, 1 / (1 + self.updates)))
-        self.critic.requires_grad_(True)
-        info |= more
-
-        loss, more = alpha_loss(self.log_alpha, info["entropy"], config.target_entropy)
+        alpha = self.log_alpha.detach().exp()
+        info = self._update_critics(batch, alpha)
+        follow(self.target, self.critic, self.config.tau)
+        info |= self._update_actor(batch, alpha)
+        loss, more = alpha_loss(self.log_alpha, info["entropy"], self.config.target_entropy)
         self._step("alpha", loss, [self.log_alpha])
         self.updates += 1
         return info | more
+
+    def _update_critics(self, batch: Batch, alpha: torch.Tensor) -> Info:
+        backup = self.config.backup_entropy
+        loss, info = critic_loss(
+            self.critic, self.target, self.head, alpha, batch, self.bounds, backup, self.generator
+        )
+        self._step("critic", loss, list(self.critic.parameters()))
+        return info
+
+    def _update_actor(self, batch: Batch, alpha: torch.Tensor) -> Info:
+        self.critic.requires_grad_(False)
+        loss, info = actor_loss(self.critic, self.head, alpha, batch, self.generator)
+        self._step("actor", loss, list(self.head.parameters()))
+        self.critic.requires_grad_(True)
+        # Young averages forget faster, so that the initial weights do not linger.
+        follow(self.average, self.head, max(1 - self.config.actor_average, 1 / (1 + self.updates)))
+        return info
 
     def _step(self, name: str, loss: torch.Tensor, parameters: list[torch.Tensor]) -> None:
         optimizer = self.optimizers[name]
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(parameters, self.config.max_grad_norm)
+        nn.utils.clip_grad_norm_(parameters, self.config.max_grad_norm)
         optimizer.step()
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """Everything needed to go on, as flat named tensors."""
-        state = {f"head.{k}": v for k, v in self.head.state_dict().items()}
-        state |= {f"average.{k}": v for k, v in self.average.state_dict().items()}
-        state |= {f"critic.{k}": v for k, v in self.critic.state_dict().items()}
-        state |= {f"target.{k}": v for k, v in self.target.state_dict().items()}
+        state = {f"{name}.{k}": v for name, module in self.modules.items() for k, v in module.state_dict().items()}
         for name, optimizer in self.optimizers.items():
             for index, slots in optimizer.state_dict()["state"].items():
                 state |= {f"optimizer.{name}.{index}.{slot}": torch.as_tensor(value) for slot, value in slots.items()}
@@ -191,8 +195,7 @@ class LatentSAC:
 
     def load_tensors(self, state: dict[str, torch.Tensor], updates: int) -> None:
         """Undo `tensors`."""
-        for name in ("head", "average", "critic", "target"):
-            module: torch.nn.Module = getattr(self, name)
+        for name, module in self.modules.items():
             module.load_state_dict({k[len(name) + 1 :]: v for k, v in state.items() if k.startswith(f"{name}.")})
         for name, optimizer in self.optimizers.items():
             slots: dict[int, dict[str, Any]] = {}
@@ -208,7 +211,7 @@ class LatentSAC:
 
 
 @torch.no_grad()
-def _follow(follower: torch.nn.Module, leader: torch.nn.Module, weight: float) -> None:
-    """follower += weight (leader - follower), in place."""
+def follow(follower: nn.Module, leader: nn.Module, weight: float) -> None:
+    """Every weight of `follower` moves towards its leader's: follower += weight (leader - follower), in place."""
     pairs = list(zip(follower.parameters(), leader.parameters(), strict=True))
     torch._foreach_lerp_([f for f, _ in pairs], [p for _, p in pairs], weight)

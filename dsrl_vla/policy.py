@@ -99,6 +99,22 @@ class FrozenPolicy(abc.ABC):
         noise = self.spec.noise.sample(generators([seed]))
         return self.denoise(self.encode(unsqueeze(observation)), noise)[0, 0, : self.spec.executed_steps]
 
+    def pack(self, encoding: Encoding) -> dict[str, torch.Tensor]:
+        """The encoding as named tensors (B, …), for a replay that keeps whole prefixes.
+
+        Raises:
+            DsrlError: this base does not offer it.
+        """
+        raise bad(
+            "algorithm",
+            "one that does without the base in its update (sac, na)",
+            f"one that keeps the prefix of '{self.spec.uri}'",
+        )
+
+    def unpack(self, tensors: Mapping[str, torch.Tensor]) -> Encoding:
+        """Undo `pack`, for rows in any order and number."""
+        raise NotImplementedError
+
     @abc.abstractmethod
     def _encode(self, observations: Observations, batch: int) -> Encoding: ...
 

@@ -7,12 +7,29 @@ storing it once halves the memory; an episode's last observation is stored for i
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
+
 import numpy as np
 import torch
 
 from .errors import bad
 from .head import HeadInputs
-from .latent_sac import Batch
+
+Extras = dict[str, torch.Tensor]
+"""What a learner wants kept beside an observation, by name: rows of one shape and dtype each."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Transitions, N rows each."""
+
+    inputs: HeadInputs
+    latent: torch.Tensor  # (N, n, d) in [-1, 1]
+    reward: torch.Tensor  # (N,), discounted inside the chunk
+    discount: torch.Tensor  # (N,), gamma^k, and 0 where the episode terminated
+    next_inputs: HeadInputs
+    extras: Extras = field(default_factory=dict)
+    next_extras: Extras = field(default_factory=dict)
 
 
 class Replay:
@@ -28,6 +45,7 @@ class Replay:
         self.capacity = capacity
         self.rows = capacity + capacity // 4 + 64
         self.inputs: HeadInputs = {}
+        self.extras: Extras = {}
         self.latent = torch.zeros(capacity, *latent_shape)
         self.reward = torch.zeros(capacity)
         self.discount = torch.zeros(capacity)
@@ -37,14 +55,21 @@ class Replay:
 
     def observe(self, inputs: HeadInputs) -> np.ndarray:
         """Store a batch of observations; return their numbers, int64 (B,)."""
-        if not self.inputs:
-            self.inputs = {k: torch.zeros(self.rows, *v.shape[1:], dtype=v.dtype) for k, v in inputs.items()}
         count = next(iter(inputs.values())).shape[0]
-        numbers = torch.arange(self.observed, self.observed + count)
-        for name, values in inputs.items():
-            self.inputs[name][numbers % self.rows] = values
+        numbers = np.arange(self.observed, self.observed + count)
+        self._write(self.inputs, inputs, numbers)
         self.observed += count
-        return numbers.numpy()
+        return numbers
+
+    def attach(self, numbers: np.ndarray, extras: Extras) -> None:
+        """Keep `extras` (B, …) beside the observations of these numbers."""
+        self._write(self.extras, extras, numbers)
+
+    def _write(self, store: dict[str, torch.Tensor], values: dict[str, torch.Tensor], numbers: np.ndarray) -> None:
+        for name, rows in values.items():
+            if name not in store:
+                store[name] = torch.zeros(self.rows, *rows.shape[1:], dtype=rows.dtype)
+            store[name][torch.from_numpy(numbers) % self.rows] = rows
 
     def add(
         self, now: np.ndarray, latent: torch.Tensor, reward: np.ndarray, discount: np.ndarray, then: np.ndarray
@@ -89,31 +114,37 @@ class Replay:
             raise bad("replay", "at least one transition", "none")
         slots = torch.from_numpy(rng.integers(first, self.added, size)) % self.capacity
         rows = self.index[slots] % self.rows
+        now, then = rows[:, 0], rows[:, 1]
         return Batch(
-            inputs={k: v[rows[:, 0]] for k, v in self.inputs.items()},
+            inputs={k: v[now] for k, v in self.inputs.items()},
             latent=self.latent[slots],
             reward=self.reward[slots],
             discount=self.discount[slots],
-            next_inputs={k: v[rows[:, 1]] for k, v in self.inputs.items()},
+            next_inputs={k: v[then] for k, v in self.inputs.items()},
+            extras={k: v[now] for k, v in self.extras.items()},
+            next_extras={k: v[then] for k, v in self.extras.items()},
         )
 
     def observations(self) -> HeadInputs:
         """All observations held, (N, …)."""
         return {k: v[: min(self.observed, self.rows)] for k, v in self.inputs.items()}
 
+    def held(self, name: str) -> torch.Tensor:
+        """One of the extras, of all observations held, (N, …)."""
+        return self.extras[name][: min(self.observed, self.rows)]
+
     def tensors(self) -> dict[str, torch.Tensor]:
         """The store as named tensors, cut to what is filled."""
         filled, rows = min(self.added, self.capacity), min(self.observed, self.rows)
         own = {name: getattr(self, name)[:filled] for name in ("latent", "reward", "discount", "index")}
-        return own | {f"inputs.{k}": v[:rows] for k, v in self.inputs.items()}
+        own |= {f"inputs.{k}": v[:rows] for k, v in self.inputs.items()}
+        return own | {f"extras.{k}": v[:rows] for k, v in self.extras.items()}
 
     def load_tensors(self, tensors: dict[str, torch.Tensor], observed: int, added: int) -> None:
         """Undo `tensors`."""
         for name in ("latent", "reward", "discount", "index"):
             getattr(self, name)[: len(tensors[name])] = tensors[name]
-        for key, values in tensors.items():
-            if key.startswith("inputs."):
-                name = key.removeprefix("inputs.")
-                self.inputs[name] = torch.zeros(self.rows, *values.shape[1:], dtype=values.dtype)
-                self.inputs[name][: len(values)] = values
+        for part, store in (("inputs.", self.inputs), ("extras.", self.extras)):
+            held = {k.removeprefix(part): v for k, v in tensors.items() if k.startswith(part)}
+            self._write(store, held, np.arange(min(observed, self.rows)))
         self.observed, self.added = observed, added

@@ -164,7 +164,7 @@ class Trainer:
         if warm_up:
             return
         if self.learner.updates == 0:
-            self.learner.fit_normaliser(self.replay.observations())
+            self.learner.fit_normaliser(self.replay)
         owed = int((self.collector.decisions - config.learning_starts) * config.gradient_steps)
         while self.learner.updates < owed:
             self.info = self.learner.update(self.replay.sample(self.recipe.sac.batch, self.rng))

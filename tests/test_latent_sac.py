@@ -5,9 +5,10 @@ from dsrl_vla import SteeringHead
 from dsrl_vla.critic import CriticConfig
 from dsrl_vla.errors import DsrlError
 from dsrl_vla.head import HeadConfig
-from dsrl_vla.latent_sac import Batch, LatentSAC, SACConfig, actor_loss, critic_loss
+from dsrl_vla.latent_sac import LatentSAC, SACConfig, actor_loss, critic_loss
 from dsrl_vla.networks import NetworkConfig
 from dsrl_vla.noise import NoiseLayout, NoiseSpace
+from dsrl_vla.replay import Batch
 
 BOUNDS = (-100.0, 100.0)
 

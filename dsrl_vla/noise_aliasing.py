@@ -1,0 +1,190 @@
+"""DSRL-NA (arXiv 2506.15799, algorithm 1): a critic over actions, distilled into one over noise.
+
+Many noises end in nearly the same action (they are aliases), and what an action is worth can be learnt from any
+data, whether its noise is known or not. So Q^A(s, a) learns from executed actions, and Q^W(s, u), which steers
+the actor, is fitted to Q^A(s, f(s, u)) for noises u that were never tried.
+
+The paper denoises inside the update to get f(s, u). A frozen base never changes its mind, so here it is asked
+once, at the decision, for a few extra (u, f(s, u)) pairs behind the prefix it has already computed: a *noise
+bank* in the replay. The update makes no call to the base. `ExactNoiseAliasing` is the paper's form.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+from .critic import CriticConfig, CriticEnsemble
+from .errors import bad
+from .head import HeadConfig, HeadInputs, SteeringHead
+from .latent_sac import Info, LatentSAC, SACConfig, follow
+from .noise_bank import ACTION, BANK_ACTION, BANK_LATENT, PREFIX, BankConfig, BankKeeper, Keeper, PrefixKeeper
+from .policy import FrozenPolicy
+from .replay import Batch, Extras, Replay
+
+Pairs = tuple[HeadInputs, torch.Tensor, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class NAConfig:
+    """What DSRL-NA has beyond SAC's settings."""
+
+    bank: BankConfig = field(default_factory=BankConfig)
+    pairs: int = 1
+    """Pairs per observation and update that Q^W is fitted on."""
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.pairs <= self.bank.size + 1:
+            raise bad("na.pairs", f"from 1 to na.bank.size + 1 = {self.bank.size + 1}", self.pairs)
+
+
+class ActionCritic(CriticEnsemble):
+    """Q^A_i(observation, chunk): the critic's network, reading executed steps in place of noise vectors."""
+
+    action_mean: torch.Tensor
+    action_std: torch.Tensor
+
+    def __init__(self, config: CriticConfig, head: HeadConfig, shape: tuple[int, int]):
+        super().__init__(config, head, shape)
+        self.register_buffer("action_mean", torch.zeros(shape[1]))
+        self.register_buffer("action_std", torch.ones(shape[1]))
+
+    @torch.no_grad()
+    def fit_actions(self, actions: torch.Tensor) -> None:
+        """Set the scale of each action column from a sample (…, A)."""
+        flat = actions.reshape(-1, actions.shape[-1]).double()
+        self.action_mean.copy_(flat.mean(0))
+        self.action_std.copy_(flat.std(0).clamp(min=1e-3))
+
+    def forward(self, inputs: HeadInputs, action: torch.Tensor) -> torch.Tensor:
+        """inputs (B, …), action (B, k, A) in environment units -> (E, B)."""
+        return super().forward(inputs, (action - self.action_mean) / self.action_std)
+
+
+def action_critic_loss(
+    critic: ActionCritic, next_value: torch.Tensor, batch: Batch, bounds: tuple[float, float]
+) -> tuple[torch.Tensor, Info]:
+    """Mean over members of (Q^A_i(s, a) - y)^2, y = R + gamma^k V(s'), kept to what the reward can give."""
+    y = (batch.reward + batch.discount * next_value).clamp(*bounds)
+    q = critic(batch.inputs, batch.extras[ACTION])
+    loss = (q - y).square().mean(1).sum()
+    return loss, {"critic_loss": loss.detach() / q.shape[0], "q": q.detach().mean(), "target": y.mean()}
+
+
+def distillation_loss(
+    critic: CriticEnsemble, teacher: ActionCritic, inputs: HeadInputs, latent: torch.Tensor, action: torch.Tensor
+) -> tuple[torch.Tensor, Info]:
+    """Mean over members of (Q^W_i(s, u) - Q^A_i(s, f(s, u)))^2: each member has its own teacher."""
+    with torch.no_grad():
+        taught = teacher(inputs, action)
+    loss = (critic(inputs, latent) - taught).square().mean(1).sum()
+    return loss, {"distillation_loss": loss.detach() / taught.shape[0]}
+
+
+class NoiseAliasing(LatentSAC):
+    """DSRL-NA over a noise bank. `critic` and `target` are Q^W; `action_critic` is Q^A."""
+
+    def __init__(
+        self,
+        head: SteeringHead,
+        critic: CriticConfig,
+        config: SACConfig,
+        value_bounds: tuple[float, float],
+        seed: int,
+        *,
+        na: NAConfig,
+        action_dim: int,
+    ):
+        super().__init__(head, critic, config, value_bounds, seed)
+        self.na = na
+        self.action_critic = ActionCritic(critic, head.config, (head.config.executed_steps, action_dim))
+        self.optimizers["action_critic"] = torch.optim.Adam(
+            self.action_critic.parameters(), config.critic_lr, fused=True
+        )
+
+    @property
+    def modules(self) -> dict[str, nn.Module]:
+        """Everything with weights, by the name it is saved under."""
+        return super().modules | {"action_critic": self.action_critic}
+
+    def fit_normaliser(self, replay: Replay) -> None:
+        """Fit the statistics of observations and actions on warm-up data."""
+        super().fit_normaliser(replay)
+        self.action_critic.fit_actions(replay.held(ACTION))
+
+    def keeper(self) -> Keeper:
+        """What has to be kept of a decision."""
+        return BankKeeper(self.na.bank)
+
+    def _update_critics(self, batch: Batch, alpha: torch.Tensor) -> Info:
+        with torch.no_grad():
+            latent, log_prob = self.head.sample(batch.next_inputs, self.generator)
+            value = self._next_value(batch, latent) - alpha * log_prob * self.config.backup_entropy
+        loss, info = action_critic_loss(self.action_critic, value, batch, self.bounds)
+        self._step("action_critic", loss, list(self.action_critic.parameters()))
+        inputs, latent, action = self._pairs(batch)
+        loss, more = distillation_loss(self.critic, self.action_critic, inputs, latent, action)
+        self._step("critic", loss, list(self.critic.parameters()))
+        return info | more
+
+    def _next_value(self, batch: Batch, latent: torch.Tensor) -> torch.Tensor:
+        """V(s') = Red_i Q^W'_i(s', u'): the distilled critic stands in for a call to the base."""
+        return self.target.value(batch.next_inputs, latent)
+
+    def _pairs(self, batch: Batch) -> Pairs:
+        """`na.pairs` different pairs of every observation's bank, with the observation repeated for each."""
+        latents, actions = batch.extras[BANK_LATENT], batch.extras[BANK_ACTION]
+        size, count = latents.shape[:2]
+        chosen = torch.rand(size, count, generator=self.generator).argsort(1)[:, : self.na.pairs]
+        rows = torch.arange(size).unsqueeze(1)
+        inputs = {k: v.repeat_interleave(self.na.pairs, 0) for k, v in batch.inputs.items()}
+        return inputs, latents[rows, chosen].flatten(0, 1), actions[rows, chosen].flatten(0, 1)
+
+
+class ExactNoiseAliasing(NoiseAliasing):
+    """The paper's form: the base denoises inside the update, for s' and for the pairs.
+
+    The replay keeps the prefix of every observation, which for a real π0 is 15 MB each: for small bases, and as
+    the yardstick for the bank.
+    """
+
+    def __init__(self, *args, base: FrozenPolicy, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.base = base
+        self.action_target = copy.deepcopy(self.action_critic).requires_grad_(False)
+
+    @property
+    def modules(self) -> dict[str, nn.Module]:
+        """Everything with weights, by the name it is saved under."""
+        return super().modules | {"action_target": self.action_target}
+
+    def fit_normaliser(self, replay: Replay) -> None:
+        """Fit the statistics of observations and actions on warm-up data."""
+        super().fit_normaliser(replay)
+        self.action_target.load_state_dict(self.action_critic.state_dict())
+
+    def keeper(self) -> Keeper:
+        """What has to be kept of a decision."""
+        return PrefixKeeper()
+
+    def _update_critics(self, batch: Batch, alpha: torch.Tensor) -> Info:
+        info = super()._update_critics(batch, alpha)
+        follow(self.action_target, self.action_critic, self.config.tau)
+        return info
+
+    def _next_value(self, batch: Batch, latent: torch.Tensor) -> torch.Tensor:
+        action = self._denoise(batch.next_extras, latent)
+        return self.action_target.value(batch.next_inputs, action)
+
+    def _pairs(self, batch: Batch) -> Pairs:
+        latent = torch.rand(batch.latent.shape, generator=self.generator) * 2 - 1
+        return batch.inputs, latent, self._denoise(batch.extras, latent)
+
+    def _denoise(self, extras: Extras, latent: torch.Tensor) -> torch.Tensor:
+        prefix = {k.removeprefix(PREFIX): v for k, v in extras.items() if k.startswith(PREFIX)}
+        noise = self.head.layout.expand(latent).unsqueeze(1)
+        chunks = self.base.denoise(self.base.unpack(prefix), noise)
+        return chunks[:, 0, : self.base.spec.executed_steps]

@@ -19,8 +19,10 @@ from .bases import load_base
 from .critic import CriticConfig
 from .errors import bad, unknown
 from .latent_sac import SACConfig
+from .learners import Algorithm
 from .networks import NetworkConfig
 from .noise import NoiseLayout, NoiseSpace
+from .noise_aliasing import NAConfig
 from .policy import FrozenPolicy
 from .recipes import shipped
 from .rollout import TaskConfig
@@ -127,7 +129,10 @@ class Recipe:
     noise: NoiseConfig = field(default_factory=NoiseConfig)
     head: HeadSection = field(default_factory=HeadSection)
     critic: CriticConfig = field(default_factory=CriticConfig)
+    algorithm: Algorithm = "sac"
+    """sac, na (noise bank) or na-exact (denoises in the update; small bases only)."""
     sac: SACConfig = field(default_factory=SACConfig)
+    na: NAConfig = field(default_factory=NAConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
 

@@ -20,7 +20,7 @@ from .collect import Collector
 from .errors import bad
 from .evaluation import Measure, evaluate, measure
 from .head import HeadConfig, SteeringHead
-from .latent_sac import LatentSAC
+from .learners import build_learner
 from .plots import draw_run
 from .policy import FrozenPolicy
 from .probing import probe
@@ -119,10 +119,15 @@ class Trainer:
             base.spec, layout, recipe.head.network, cameras=recipe.head.cameras, image_size=recipe.head.image_size
         )
         self.head = SteeringHead(head_config)
-        self.learner = LatentSAC(self.head, recipe.critic, sac, sac.value_bounds(task.info.reward_range), config.seed)
+        bounds = sac.value_bounds(task.info.reward_range)
+        self.learner = build_learner(
+            recipe.algorithm, base, self.head, recipe.critic, sac, recipe.na, bounds, config.seed
+        )
         self.replay = Replay(config.replay_capacity, layout.latent_shape)
         first_seed = seed_ranges.TRAINING * (1 + config.seed)
-        self.collector = Collector(base, self.head, task, self.replay, sac=sac, first_seed=first_seed)
+        self.collector = Collector(
+            base, self.head, task, self.replay, sac=sac, first_seed=first_seed, keeper=self.learner.keeper()
+        )
         self.rng = np.random.default_rng(config.seed)
         self.metrics = Metrics(out / "metrics.jsonl")
         self.base_sha256 = base.sha256()

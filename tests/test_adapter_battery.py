@@ -58,6 +58,14 @@ def test_an_encoding_can_be_used_again(base, observation):
     assert torch.equal(first, base.denoise(encoding, draw(base, count=4)))
 
 
+def test_a_packed_encoding_gives_the_same_actions(base, observation, tolerance):
+    encoding = base.encode(batch([observation(base, i) for i in range(3)]))
+    noise = draw(base, 3, 2)
+    expected = base.denoise(encoding, noise)
+    rows = {name: tensor[[2, 0]] for name, tensor in base.pack(encoding).items()}
+    assert (base.denoise(base.unpack(rows), noise[[2, 0]]) - expected[[2, 0]]).abs().max() <= tolerance
+
+
 def test_the_probe_accepts_it_and_sees_what_matters(base, observation):
     report = probe(base, observation(base))
     assert report.deterministic and report.noise_effect > 0

@@ -81,5 +81,19 @@ def test_unknown_recipes_and_circles_are_refused(write):
 
 def test_the_resolved_recipe_writes_every_field_out():
     tree = yaml.safe_load(load_recipe("demo").to_yaml())
-    assert set(tree) == {"name", "description", "base", "task", "noise", "head", "critic", "sac", "train", "eval"}
+    sections = {"base", "task", "noise", "head", "critic", "algorithm", "sac", "na", "train", "eval"}
+    assert set(tree) == {"name", "description"} | sections
+        "name",
+        "description",
+        "base",
+        "task",
+        "noise",
+        "head",
+        "critic",
+        "algorithm",
+        "sac",
+        "na",
+        "train",
+        "eval",
+    }
     assert tree["critic"]["network"]["width"] > 0

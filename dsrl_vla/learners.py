@@ -1,0 +1,32 @@
+"""The algorithms by name; what a recipe's ``algorithm`` chooses from."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from .critic import CriticConfig
+from .head import SteeringHead
+from .latent_sac import LatentSAC, SACConfig
+from .noise_aliasing import ExactNoiseAliasing, NAConfig, NoiseAliasing
+from .policy import FrozenPolicy
+
+Algorithm = Literal["sac", "na", "na-exact"]
+
+
+def build_learner(
+    algorithm: Algorithm,
+    base: FrozenPolicy,
+    head: SteeringHead,
+    critic: CriticConfig,
+    sac: SACConfig,
+    na: NAConfig,
+    value_bounds: tuple[float, float],
+    seed: int,
+) -> LatentSAC:
+    """DSRL-SAC, DSRL-NA over a noise bank, or DSRL-NA as the paper has it (denoising in the update)."""
+    if algorithm == "sac":
+        return LatentSAC(head, critic, sac, value_bounds, seed)
+    width = base.spec.action_dim
+    if algorithm == "na":
+        return NoiseAliasing(head, critic, sac, value_bounds, seed, na=na, action_dim=width)
+    return ExactNoiseAliasing(head, critic, sac, value_bounds, seed, na=na, action_dim=width, base=base)

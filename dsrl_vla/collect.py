@@ -89,11 +89,12 @@ class Collector:
         if len(late):
             final = select(result.observations, list(late))
             encoding = self.base.encode(final)
-            self.windows.observed(late, self._store(self.head.read(final, encoding), encoding))
+            for row, number in zip(late, self._store(self.head.read(final, encoding), encoding), strict=True):
+                self.windows.truncated(int(row), int(number))
+        for row in np.flatnonzero(result.terminated):
+            self.windows.terminated(int(row))
         seeds: list[int | None] = [None] * len(result.done)
         for i in np.flatnonzero(result.done):
-            end = self.windows.terminated if result.terminated[i] else self.windows.truncated
-            end(int(i))
             self.recent.append(bool(result.success[i]))
             seeds[i] = self._next_seed()
             self.streams[i] = episode_generators([seeds[i]])[0]  # type: ignore[list-item]

@@ -35,7 +35,7 @@ class SACConfig:
     where failure is and only success moves them."""
     reward_scale: float = 1.0
     """Multiplies the reward, after the offset."""
-    n_step: int = 1
+    n_step: int = 10
     """Decisions per return; see `dsrl_vla.n_step`."""
     tau: float = 0.01
     actor_lr: float = 3e-4

@@ -58,13 +58,21 @@ class NStepWindows:
 
     def terminated(self, row: int) -> None:
         """The episode ended for good: every start left has its whole return. Nothing is bootstrapped."""
-        window = list(self.windows[row])
+        window = self._take(row)
         self._emit([window[i:] for i in range(len(window))], [d.number for d in window])
-        self.windows[row].clear()
 
-    def truncated(self, row: int) -> None:
-        """The episode was cut off: starts without a whole window are left out, so that the cut shortens no return."""
+    def truncated(self, row: int, number: int) -> None:
+        """The episode was cut off at observation `number`: the starts left bootstrap from there, sooner than others.
+
+        Leaving them out would show late states only in episodes that succeed, and so overrate them.
+        """
+        window = self._take(row)
+        self._emit([window[i:] for i in range(len(window))], [number] * len(window))
+
+    def _take(self, row: int) -> list[Decision]:
+        window = list(self.windows[row])
         self.windows[row].clear()
+        return window
 
     def _emit(self, windows: list[list[Decision]], then: list[int]) -> None:
         if not windows:

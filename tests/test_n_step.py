@@ -32,8 +32,9 @@ def run(n, rewards, end):
         discount = 0.0 if last and end == "terminated" else GAMMA
         windows.push(0, Decision(i, torch.full((1, 1), float(i)), reward, discount))
     if end == "truncated":
-        windows.observed(row, np.array([len(rewards)]))
-    getattr(windows, end)(0)
+        windows.truncated(0, len(rewards))
+    else:
+        windows.terminated(0)
     return log.rows
 
 
@@ -55,11 +56,11 @@ def test_returns_over_three_decisions_are_what_the_formula_says():
     assert [r[3] for r in rows[1:]] == [0.0] * 3
 
 
-def test_a_cut_episode_shortens_no_return():
-    rows = run(3, [0.0] * 5, "truncated")
-    assert [(r[0], r[4]) for r in rows] == [(0, 3), (1, 4), (2, 5)]
-    assert all(r[3] == pytest.approx(GAMMA**3) for r in rows)
-    assert run(3, [0.0, 0.0], "truncated") == []
+def test_a_cut_episode_bootstraps_every_start_from_its_last_observation():
+    rows = run(3, [1.0] * 5, "truncated")
+    assert [(r[0], r[4]) for r in rows] == [(0, 3), (1, 4), (2, 5), (3, 5), (4, 5)]
+    assert [r[3] for r in rows] == pytest.approx([GAMMA**3] * 3 + [GAMMA**2, GAMMA])
+    assert [r[2] for r in rows] == pytest.approx([2.71] * 3 + [1.9, 1.0])
 
 
 def test_windows_of_environments_do_not_mix():
@@ -71,8 +72,8 @@ def test_windows_of_environments_do_not_mix():
         for row in both:
             windows.push(int(row), Decision(10 * step + int(row), torch.zeros(1, 1), float(row), 1.0))
         if step == 0:
-            windows.truncated(1)
-    assert [(r[0], r[4], r[2]) for r in log.rows] == [(0, 20, 0.0)]
+            windows.truncated(1, 99)
+    assert [(r[0], r[4], r[2]) for r in log.rows] == [(1, 99, 1.0), (0, 20, 0.0)]
 
 
 def test_the_total_of_a_window():

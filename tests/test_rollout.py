@@ -82,7 +82,7 @@ def collector(fork_base):
     head = SteeringHead(HeadConfig.for_base(fork_base.spec, layout, NetworkConfig(width=16)))
     with VectorTask(FORK, 4) as task:
         replay = Replay(5000, layout.latent_shape)
-        yield Collector(fork_base, head, task, replay, sac=SACConfig(gamma=0.9), first_seed=0)
+        yield Collector(fork_base, head, task, replay, sac=SACConfig(gamma=0.9, n_step=1), first_seed=0)
 
 
 def test_collected_transitions_are_linked(collector):

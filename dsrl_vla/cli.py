@@ -1,4 +1,4 @@
-"""The command line: ``dsrl-vla preflight | train | eval | pretrain | recipes | adapters``.
+"""The command line: ``dsrl-vla preflight | train | eval | search | pretrain | recipes | adapters``.
 
 Every field of a recipe can be overridden: ``dsrl-vla train demo --train.seed 3 --noise.layout chunk``.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -57,6 +57,24 @@ class EvalArgs:
     controls: bool = True
     out: Path | None = None
     """File to write; by default <run>/eval.json."""
+
+
+@dataclass(frozen=True)
+class SearchArgs:
+    """Search the best constant noise ("golden ticket") for a recipe's task, and evaluate it: steering without
+    learning. Recipe fields are options too."""
+
+    recipe: tyro.conf.Positional[str]
+    """Name of a shipped recipe or a YAML file."""
+    candidates: int = 24
+    """Constant noises to try."""
+    episodes: int = 3
+    """Episodes each plays per round; the better half of the candidates goes on."""
+    seed: int = 0
+    eval_episodes: int = 100
+    """Held-out episodes of the evaluation."""
+    out: Path | None = None
+    """Directory for ticket.json and eval.json; by default runs/<recipe>-ticket."""
 
 
 @dataclass(frozen=True)
@@ -217,6 +235,43 @@ def _eval(argv: list[str]) -> int:
     return 0
 
 
+def _search(argv: list[str]) -> int:
+    """Find the best constant noise for a task: steering without learning."""
+    args, rest = _parse(SearchArgs, argv, "search")
+    recipe = _recipe(args.recipe, rest)
+    from tqdm import tqdm
+
+    from .noise_search import SearchConfig, evaluate_ticket, search_ticket
+    from .rollout import VectorTask
+    from .run_dir import disk_errors, write_json
+
+    config = SearchConfig(args.candidates, args.episodes, args.seed)
+    out = args.out or Path("runs") / f"{recipe.name}-ticket"
+    base = recipe.base.load()
+    layout = recipe.noise.over(base.spec.noise)
+    with (
+        tqdm(total=config.total_episodes, unit="episode", desc="search", disable=None) as bar,
+        VectorTask(replace(recipe.task, num_envs=args.episodes), base.spec.executed_steps) as task,
+    ):
+        ticket = search_ticket(base, task, layout, config, lambda _: bar.update())
+    with disk_errors(out):
+        out.mkdir(parents=True, exist_ok=True)
+        ticket.save(out / "ticket.json")
+    with (
+        tqdm(total=2 * args.eval_episodes, unit="episode", desc="evaluation", disable=None) as bar,
+        VectorTask(recipe.task, base.spec.executed_steps) as task,
+    ):
+        result = evaluate_ticket(base, task, layout, ticket, args.eval_episodes, lambda _: bar.update())
+    write_json(out / "eval.json", result)
+    own, best = result["base"], result["ticket"]
+    print(
+        f"{result['task']}: base {own['success']:.2f} {own['ci95']}, best constant noise {best['success']:.2f} "
+        f"{best['ci95']} over {result['episodes']} held-out episodes, found in {ticket.env_steps} steps"
+    )
+    print(f"written: {out}")
+    return 0
+
+
 def _pretrain(argv: list[str]) -> int:
     """Clone a nano base on MetaWorld tasks and measure it."""
     args = tyro.cli(PretrainArgs, prog="dsrl-vla pretrain", args=argv)
@@ -258,6 +313,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "preflight": _preflight,
     "train": _train,
     "eval": _eval,
+    "search": _search,
     "pretrain": _pretrain,
     "recipes": _recipes,
     "adapters": _adapters,

@@ -11,6 +11,8 @@ VALIDATION = 200_000
 EVALUATION = 300_000
 """Episodes behind every published number."""
 PREFLIGHT = 400_000
+SEARCH = 500_000
+"""Episodes on which constant noises are compared."""
 TRAINING = 1_000_000
 """Training run s uses TRAINING * (1 + s) and on."""
 

@@ -49,6 +49,17 @@ class ZeroNoise(NoiseSource):
 
 
 @dataclass(frozen=True)
+class ConstantNoise(NoiseSource):
+    """One latent (n, d) for every decision."""
+
+    layout: NoiseLayout
+    latent: torch.Tensor
+
+    def __call__(self, observations, encoding, generators):
+        return self.layout.expand(self.latent.expand(len(generators), 1, *self.latent.shape))
+
+
+@dataclass(frozen=True)
 class LayoutNoise(NoiseSource):
     """The base's prior, truncated and squeezed through a layout: a head that has learnt nothing."""
 

@@ -1,0 +1,158 @@
+"""Noise search without learning: the best constant noise, a "golden ticket" (arXiv 2603.15757).
+
+The simplest steering there is: one latent for every decision of every episode, found by trying some. Whatever
+a head gains has to be more than this.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from . import seeds as seed_ranges
+from .errors import bad
+from .evaluation import measure, paired_difference
+from .noise import NoiseLayout, generators
+from .policy import FrozenPolicy
+from .rollout import Episode, VectorTask
+from .sources import ConstantNoise, PriorNoise
+
+
+@dataclass(frozen=True)
+class SearchConfig:
+    """Successive halving over candidates."""
+
+    candidates: int = 24
+    """Constant latents to try; the first is zero, the others are drawn from the base's prior."""
+    episodes: int = 3
+    """Episodes a candidate plays in every round it survives; all play the same ones."""
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("candidates", "episodes"):
+            if getattr(self, name) < 1:
+                raise bad(f"search.{name}", "1 or more", getattr(self, name))
+
+    @property
+    def rounds(self) -> list[int]:
+        """Candidates that play in each round."""
+        left = self.candidates
+        found: list[int] = []
+        while left > 1 or not found:
+            found.append(left)
+            left //= 2
+        return found
+
+    @property
+    def total_episodes(self) -> int:
+        """Episodes of the whole search."""
+        return self.episodes * sum(self.rounds)
+
+
+@dataclass(frozen=True)
+class Ticket:
+    """The best constant latent, and what finding it took."""
+
+    latent: tuple[tuple[float, ...], ...]
+    """(n, d) in [-1, 1]."""
+    success: float
+    """Over the episodes it was chosen on: too high, as the best of many is. Evaluate it on others."""
+    episodes: int
+    env_steps: int
+    """Environment steps of the whole search."""
+    rounds: tuple[dict[str, float], ...]
+    """Per round: candidates left, mean and best success so far, environment steps so far."""
+
+    def source(self, layout: NoiseLayout) -> ConstantNoise:
+        """The noise source that plays it.
+
+        Raises:
+            DsrlError: the latent is of another layout.
+        """
+        latent = torch.tensor(self.latent)
+        if tuple(latent.shape) != layout.latent_shape:
+            raise bad(
+                "ticket", f"a latent of shape {layout.latent_shape} for layout '{layout.name}'", tuple(latent.shape)
+            )
+        return ConstantNoise(layout, latent)
+
+    def save(self, path: Path) -> None:
+        """Write as JSON."""
+        path.write_text(json.dumps(asdict(self), indent=2) + "\n")
+
+    @classmethod
+    def load(cls, path: Path) -> Ticket:
+        """Undo `save`."""
+        raw: dict[str, Any] = json.loads(path.read_text())
+        latent = tuple(tuple(row) for row in raw.pop("latent"))
+        return cls(latent=latent, rounds=tuple(raw.pop("rounds")), **raw)
+
+
+def search_ticket(
+    base: FrozenPolicy,
+    task: VectorTask,
+    layout: NoiseLayout,
+    config: SearchConfig | None = None,
+    on_episode: Callable[[Episode], None] = lambda _: None,
+) -> Ticket:
+    """Find a good constant latent by successive halving on the search's own seeds.
+
+    Ties go to the candidate with fewer steps. Costs `SearchConfig.total_episodes` episodes.
+    """
+    config = config or SearchConfig()
+    drawn = layout.sample(generators([config.seed]), config.candidates)[0]
+    drawn[0] = 0.0
+    played: dict[int, list[Episode]] = {i: [] for i in range(config.candidates)}
+    alive, rounds, steps = list(played), [], 0
+    merit = lambda i: (np.mean([e.success for e in played[i]]), -np.mean([e.steps for e in played[i]]))
+    for number, count in enumerate(config.rounds):
+        alive = alive[:count]
+        seeds = seed_ranges.block(seed_ranges.SEARCH + number * config.episodes, config.episodes)
+        for i in alive:
+            found = measure(base, task, ConstantNoise(layout, drawn[i]), seeds, on_episode=on_episode)
+            played[i] += found.episodes
+            steps += sum(e.steps for e in found.episodes)
+        alive.sort(key=merit, reverse=True)
+        scores = [float(merit(i)[0]) for i in alive]
+        rounds.append(
+            {"candidates": len(alive), "mean": float(np.mean(scores)), "best": max(scores), "env_steps": steps}
+        )
+    winner = alive[0]
+    return Ticket(
+        latent=tuple(tuple(row) for row in drawn[winner].tolist()),
+        success=float(merit(winner)[0]),
+        episodes=len(played[winner]),
+        env_steps=steps,
+        rounds=tuple(rounds),
+    )
+
+
+def evaluate_ticket(
+    base: FrozenPolicy,
+    task: VectorTask,
+    layout: NoiseLayout,
+    ticket: Ticket,
+    episodes: int = 100,
+    on_episode: Callable[[Episode], None] = lambda _: None,
+) -> dict[str, Any]:
+    """Measure a ticket against its base on held-out episodes; return what ``eval.json`` holds."""
+    seeds = seed_ranges.block(seed_ranges.EVALUATION, episodes)
+    own = measure(base, task, PriorNoise(base.spec.noise), seeds, on_episode=on_episode)
+    found = measure(base, task, ticket.source(layout), seeds, on_episode=on_episode)
+    return {
+        "task": task.info.uri,
+        "base_uri": base.spec.uri,
+        "layout": layout.name,
+        "episodes": episodes,
+        "seeds": [seeds[0], seeds[-1]],
+        "base": own.to_json(),
+        "ticket": found.to_json(),
+        "difference": paired_difference(own, found),
+        "search_env_steps": ticket.env_steps,
+    }

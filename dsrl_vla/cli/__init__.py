@@ -1,0 +1,56 @@
+"""The command line: ``dsrl-vla preflight | train | eval | search | pretrain | recipes | adapters``.
+
+Every field of a recipe can be overridden: ``dsrl-vla train demo --train.seed 3 --noise.layout chunk``.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Callable
+
+from ..errors import DsrlError, unknown
+from .listing import list_adapters, list_recipes
+from .measuring import run_eval, run_preflight, run_search
+from .training import run_pretrain, run_train
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run a command; return the exit status. Errors a user can mend are one line on stderr."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    if not argv or argv[0] in ("-h", "--help"):
+        print(_usage())
+        return 0 if argv else 2
+    if argv[0] in ("-V", "--version"):
+        from .. import __version__
+
+        print(f"dsrl-vla {__version__}")
+        return 0
+    try:
+        if argv[0] not in COMMANDS:
+            raise unknown("command", argv[0], COMMANDS)
+        return COMMANDS[argv[0]](argv[1:])
+    except DsrlError as error:
+        print(f"dsrl-vla: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("dsrl-vla: interrupted", file=sys.stderr)
+        return 130
+
+
+def _usage() -> str:
+    lines = ["usage: dsrl-vla COMMAND …    (dsrl-vla COMMAND --help tells more)", ""]
+    lines += [f"  {name:<10} {(command.__doc__ or '').strip()}" for name, command in COMMANDS.items()]
+    return "\n".join(lines)
+
+
+COMMANDS: dict[str, Callable[[list[str]], int]] = {
+    "preflight": run_preflight,
+    "train": run_train,
+    "eval": run_eval,
+    "search": run_search,
+    "pretrain": run_pretrain,
+    "recipes": list_recipes,
+    "adapters": list_adapters,
+}

@@ -1,0 +1,157 @@
+"""``preflight``, ``eval`` and ``search``: commands that measure."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import tyro
+
+from .options import parse, read_recipe
+
+
+@dataclass(frozen=True)
+class PreflightArgs:
+    """Measure whether a base is steerable on a recipe's task, in which layout, and what there is to gain."""
+
+    recipe: tyro.conf.Positional[str]
+    """Name of a shipped recipe or a YAML file; recipe fields are options too."""
+    episodes: int = 30
+    """Episodes per condition."""
+    best_of: int = 4
+    """Noise draws per episode behind the headroom."""
+    layouts: tuple[str, ...] = ("repeat", "knots:2", "knots:4", "chunk")
+    bounds: tuple[float, ...] = (1.0, 1.5, 2.0)
+    out: Path | None = None
+    """Directory for preflight.json; by default runs/<recipe>-preflight."""
+
+
+@dataclass(frozen=True)
+class EvalArgs:
+    """Evaluate a run's best head against its base, on the same held-out episodes."""
+
+    run: tyro.conf.Positional[Path]
+    """A run's directory."""
+    episodes: int = 100
+    controls: bool = True
+    out: Path | None = None
+    """File to write; by default <run>/eval.json."""
+
+
+@dataclass(frozen=True)
+class SearchArgs:
+    """Search the best constant noise ("golden ticket") for a recipe's task, and evaluate it: steering without
+    learning. Recipe fields are options too."""
+
+    recipe: tyro.conf.Positional[str]
+    """Name of a shipped recipe or a YAML file."""
+    candidates: int = 24
+    """Constant noises to try."""
+    episodes: int = 3
+    """Episodes each plays per round; the better half of the candidates goes on."""
+    seed: int = 0
+    eval_episodes: int = 100
+    """Held-out episodes of the evaluation."""
+    out: Path | None = None
+    """Directory for ticket.json and eval.json; by default runs/<recipe>-ticket."""
+
+
+def run_preflight(argv: list[str]) -> int:
+    """Measure whether a base can be steered on a task, and in which layout."""
+    args, rest = parse(PreflightArgs, argv, "preflight")
+    recipe = read_recipe(args.recipe, rest)
+    from tqdm import tqdm
+
+    from ..rollout import VectorTask
+    from ..run_dir import disk_errors, write_json
+    from ..steerability import PreflightConfig, conditions, preflight
+    from ..tables import print_preflight
+
+    out = args.out or Path("runs") / f"{recipe.name}-preflight"
+    config = PreflightConfig(args.episodes, args.best_of, tuple(args.layouts), tuple(args.bounds))
+    base = recipe.base.load()
+    total = args.episodes * (len(conditions(base, config)) + args.best_of - 1)
+    with (
+        VectorTask(recipe.task, base.spec.executed_steps) as task,
+        tqdm(total=total, unit="episode", disable=None) as bar,
+    ):
+
+        def tick(name: str, _: Any) -> None:
+            bar.set_description(name, refresh=False)
+            bar.update()
+
+        result = preflight(base, task, config, tick)
+    with disk_errors(out):
+        out.mkdir(parents=True, exist_ok=True)
+        write_json(out / "preflight.json", result)
+    print_preflight(result)
+    print(f"written: {out / 'preflight.json'}")
+    return 0
+
+
+def run_eval(argv: list[str]) -> int:
+    """Evaluate a run's best head against its base, on the same held-out episodes."""
+    args = tyro.cli(EvalArgs, prog="dsrl-vla eval", args=argv)
+    import json
+
+    from ..evaluation import evaluate
+    from ..rollout import VectorTask
+    from ..run_dir import write_json
+    from ..tables import print_evaluation
+    from ..training import load_run
+
+    recipe, head = load_run(args.run)
+    base = recipe.base.load()
+    before = base.sha256()
+    with VectorTask(recipe.task, base.spec.executed_steps) as task:
+        result = evaluate(base, head, task, args.episodes, args.controls)
+    target = args.out or args.run / "eval.json"
+    kept = json.loads((args.run / "eval.json").read_text()) if (args.run / "eval.json").exists() else {}
+    counts = {
+        key: kept[key]
+        for key in ("recipe", "train_seed", "env_steps", "validation_env_steps", "updates", "train_seconds")
+        if key in kept
+    }
+    result |= counts | {"base_sha256_before": before, "base_sha256_after": base.sha256()}
+    write_json(target, result)
+    print_evaluation(result)
+    print(f"written: {target}")
+    return 0
+
+
+def run_search(argv: list[str]) -> int:
+    """Find the best constant noise for a task: steering without learning."""
+    args, rest = parse(SearchArgs, argv, "search")
+    recipe = read_recipe(args.recipe, rest)
+    from tqdm import tqdm
+
+    from ..noise_search import SearchConfig, evaluate_ticket, search_ticket
+    from ..rollout import VectorTask
+    from ..run_dir import disk_errors, write_json
+
+    config = SearchConfig(args.candidates, args.episodes, args.seed)
+    out = args.out or Path("runs") / f"{recipe.name}-ticket"
+    base = recipe.base.load()
+    layout = recipe.noise.over(base.spec.noise)
+    with (
+        tqdm(total=config.total_episodes, unit="episode", desc="search", disable=None) as bar,
+        VectorTask(replace(recipe.task, num_envs=args.episodes), base.spec.executed_steps) as task,
+    ):
+        ticket = search_ticket(base, task, layout, config, lambda _: bar.update())
+    with disk_errors(out):
+        out.mkdir(parents=True, exist_ok=True)
+        ticket.save(out / "ticket.json")
+    with (
+        tqdm(total=2 * args.eval_episodes, unit="episode", desc="evaluation", disable=None) as bar,
+        VectorTask(recipe.task, base.spec.executed_steps) as task,
+    ):
+        result = evaluate_ticket(base, task, layout, ticket, args.eval_episodes, lambda _: bar.update())
+    write_json(out / "eval.json", result)
+    own, best = result["base"], result["ticket"]
+    print(
+        f"{result['task']}: base {own['success']:.2f} {own['ci95']}, best constant noise {best['success']:.2f} "
+        f"{best['ci95']} over {result['episodes']} held-out episodes, found in {ticket.env_steps} steps"
+    )
+    print(f"written: {out}")
+    return 0

@@ -1,0 +1,37 @@
+"""How a command reads its options: its own by a dataclass, the rest as fields of a recipe."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import tyro
+
+from ..errors import DsrlError
+
+
+def parse(kind: type, argv: list[str], command: str) -> tuple[Any, list[str]]:
+    """A command's own options, and the arguments it does not know."""
+    return tyro.cli(kind, prog=f"dsrl-vla {command}", args=argv, return_unknown_args=True)
+
+
+def read_recipe(source: str, rest: list[str]) -> Any:
+    """A recipe with the remaining options applied over it."""
+    import yaml
+
+    from ..recipe import Recipe, load_recipe
+
+    tree: dict[str, Any] = {}
+    keys = iter(rest)
+    for option in keys:
+        if not option.startswith("--"):
+            raise DsrlError(f"unexpected argument '{option}': expected an option such as --train.seed 3.")
+        name, equals, value = option[2:].partition("=")
+        if not equals:
+            value = next(keys, "")
+        place, parts = tree, name.replace("-", "_").split(".")
+        for part in parts[:-1]:
+            place = place.setdefault(part, {})
+        parsed = yaml.safe_load(value)
+        place[parts[-1]] = value if isinstance(parsed, dict) else parsed  # "nano:" is a URI, not a mapping
+    recipe: Recipe = load_recipe(source, tree)
+    return recipe

@@ -1,0 +1,65 @@
+"""``train`` and ``pretrain``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+
+from .options import parse, read_recipe
+
+
+@dataclass(frozen=True)
+class TrainArgs:
+    """Train a steering head by a recipe, and evaluate it. Recipe fields are options too; see --help-recipe."""
+
+    recipe: tyro.conf.Positional[str]
+    """Name of a shipped recipe (`dsrl-vla recipes`) or a YAML file."""
+    out: Path | None = None
+    """Run directory; by default runs/<recipe>."""
+    resume: bool = False
+    """Go on from the newest checkpoint in the run directory."""
+    help_recipe: bool = False
+    """Show every field of the recipe with its value, and stop."""
+
+
+@dataclass(frozen=True)
+class PretrainArgs:
+    """Clone a nano base on MetaWorld tasks and measure it."""
+
+    recipe: tyro.conf.Positional[str]
+    """Name of a shipped pretraining recipe or a YAML file."""
+    out: Path
+    """Folder for the base, in Hub format; use it as nano:<folder>."""
+
+
+def run_train(argv: list[str]) -> int:
+    """Train a steering head by a recipe, and evaluate it."""
+    args, rest = parse(TrainArgs, argv, "train")
+    recipe = read_recipe(args.recipe, rest)
+    out = args.out or Path("runs") / recipe.name
+    if args.resume and not rest and (out / "recipe.yaml").exists():
+        recipe = read_recipe(str(out / "recipe.yaml"), [])  # with the overrides the run was started with
+    if args.help_recipe:
+        print(recipe.to_yaml())
+        return 0
+    from ..evaluation import summary
+    from ..training import train
+
+    result = train(recipe, out, resume=args.resume)
+    if result.evaluation is None:
+        return 130
+    print(summary(result.evaluation))
+    print(f"run directory: {result.out}")
+    return 0
+
+
+def run_pretrain(argv: list[str]) -> int:
+    """Clone a nano base on MetaWorld tasks and measure it."""
+    args = tyro.cli(PretrainArgs, prog="dsrl-vla pretrain", args=argv)
+    from ..pretraining import load_pretrain_recipe, pretrain
+
+    pretrain(load_pretrain_recipe(args.recipe), args.out)
+    print(f"base written; use it as nano:{args.out}")
+    return 0

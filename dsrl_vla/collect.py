@@ -15,6 +15,7 @@ from .observation import select
 from .policy import Encoding, FrozenPolicy
 from .replay import Replay
 from .rollout import ChunkResult, VectorTask, episode_generators
+from .watch import Finished
 
 
 class Collector:
@@ -38,6 +39,7 @@ class Collector:
         self.sac, self.first_seed, self.keeper = sac, first_seed, keeper or Keeper()
         self.episodes = self.env_steps = self.decisions = 0
         self.recent: deque[bool] = deque(maxlen=50)
+        self.finished: deque[Finished] = deque(maxlen=20)
         self._start()
 
     def _next_seed(self) -> int:
@@ -49,6 +51,7 @@ class Collector:
         self.streams = episode_generators(seeds)
         self.observations = self.task.reset(seeds)
         self.windows = NStepWindows(self.sac.n_step, len(seeds), self.replay.add)
+        self.open: list[list[Decision]] = [[] for _ in seeds]
 
     def resume(self, episodes: int, env_steps: int, decisions: int) -> None:
         """Go on counting from a checkpoint; episodes that were under way start anew, with new seeds."""
@@ -72,7 +75,9 @@ class Collector:
         self.env_steps += int(result.steps.sum())
         self.decisions += len(numbers)
         for row, number in enumerate(numbers):
-            self.windows.push(row, Decision(int(number), latent[row], float(reward[row]), float(discount[row])))
+            decision = Decision(int(number), latent[row], float(reward[row]), float(discount[row]))
+            self.windows.push(row, decision)
+            self.open[row].append(decision)
         self.observations = result.observations
         if result.done.any():
             self._finish(result)
@@ -96,6 +101,8 @@ class Collector:
         seeds: list[int | None] = [None] * len(result.done)
         for i in np.flatnonzero(result.done):
             self.recent.append(bool(result.success[i]))
+            self.finished.append(Finished.of(self.open[i]))
+            self.open[i] = []
             seeds[i] = self._next_seed()
             self.streams[i] = episode_generators([seeds[i]])[0]  # type: ignore[list-item]
         self.observations = self.task.reset(seeds)

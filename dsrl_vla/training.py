@@ -30,6 +30,7 @@ from .rollout import VectorTask
 from .run_dir import Metrics, disk_errors, load_checkpoint, save_checkpoint, write_json, write_text
 from .sources import HeadNoise
 from .tracking import Tracker
+from .watch import Watch, value_gap
 
 log = logging.getLogger(__name__)
 
@@ -136,6 +137,7 @@ class Trainer:
         self.validation_env_steps = 0
         self.seconds = 0.0
         self.info: dict[str, torch.Tensor] = {}
+        self.watch = Watch(sac.target_entropy, config.validation_episodes, config.env_steps)
 
     def run(self) -> bool:
         """Train until the recipe's steps are done; False when interrupted by Ctrl-C (the state is saved)."""
@@ -203,7 +205,12 @@ class Trainer:
         if not math.isnan(self.collector.success):
             row["success"] = self.collector.success
         row |= {name: round(float(value), 5) for name, value in self.info.items()} | more
-        self.metrics.append(row)
+        if self.learner.updates:
+            row |= value_gap(self.learner.critic, self.replay, self.collector.finished)
+        warnings = self.watch.see(row)
+        for warning in warnings:
+            log.warning("%s", warning)
+        self.metrics.append(row | ({"warnings": warnings} if warnings else {}))
         return row
 
     def validate(self) -> dict[str, float]:
@@ -240,6 +247,7 @@ class Trainer:
             "validation_env_steps": self.validation_env_steps,
             "updates": self.learner.updates,
             "train_seconds": round(self.seconds, 1),
+            "warnings": self.watch.warnings,
             "base_sha256_before": self.base_sha256,
             "base_sha256_after": self.base.sha256(),
         }
@@ -274,6 +282,8 @@ class Trainer:
         self.validated.extend(state["validated"])
         self.validation_env_steps, self.seconds = state["validation_env_steps"], state["seconds"]
         self.metrics.truncate(state["env_steps"])
+        for row in self.metrics.rows():
+            self.watch.see(row)
 
 
 def load_run(out: Path | str) -> tuple[Recipe, SteeringHead]:

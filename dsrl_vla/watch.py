@@ -1,0 +1,140 @@
+"""Watching over a run: what goes wrong in latent RL, noticed while it happens and said in words.
+
+Four ailments, each seen in the reference's runs or in ours: the critic promises more than episodes bring; the
+actor's entropy collapses; success falls from its best; nothing has been learnt at all by half-time. A warning
+is given once, and again only after its cause has gone and come back. What is saved is the best head anyway.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from .critic import CriticEnsemble
+from .n_step import Decision
+from .replay import Replay
+
+
+@dataclass(frozen=True)
+class Finished:
+    """One finished episode: its decisions, and the return that really followed each."""
+
+    numbers: np.ndarray
+    """Of the observations in the replay."""
+    latents: torch.Tensor
+    returns: np.ndarray
+
+    @classmethod
+    def of(cls, decisions: list[Decision]) -> Finished:
+        """Discounted return from each decision on: G_t = r_t + gamma^k G_{t+1}, nothing after the last."""
+        found, following = [], 0.0
+        for decision in reversed(decisions):
+            following = decision.reward + decision.discount * following
+            found.append(following)
+        latents = torch.stack([d.latent for d in decisions])
+        return cls(np.array([d.number for d in decisions]), latents, np.array(found[::-1]))
+
+
+@torch.no_grad()
+def value_gap(critic: CriticEnsemble, replay: Replay, episodes: Collection[Finished]) -> dict[str, float]:
+    """What the critic promised in the last episodes against what they brought, over all their decisions.
+
+    Returns:
+        ``{"return": mean of G, "value_gap": mean of Q(s, u) - G}``; nothing when the replay has forgotten them.
+        An episode cut off counts as if nothing followed, so a little above 0 is sound where many time out.
+    """
+    if not episodes:
+        return {}
+    numbers = np.concatenate([e.numbers for e in episodes])
+    held = numbers >= replay.observed - replay.rows
+    if not held.any():
+        return {}
+    rows = torch.from_numpy(numbers[held]) % replay.rows
+    latents = torch.cat([e.latents for e in episodes])[torch.from_numpy(held)]
+    values = critic.value({k: v[rows] for k, v in replay.inputs.items()}, latents)
+    brought = float(np.concatenate([e.returns for e in episodes])[held].mean())
+    return {"return": round(brought, 5), "value_gap": round(float(values.mean()) - brought, 5)}
+
+
+class Watch:
+    """Turns the rows of ``metrics.jsonl`` into warnings."""
+
+    def __init__(self, target_entropy: float, episodes: int, env_steps: int):
+        """`episodes`: of a validation; `env_steps`: of the whole run."""
+        self.target_entropy, self.episodes, self.env_steps = target_entropy, episodes, env_steps
+        self.best = self.most = 0.0
+        self.first: float | None = None
+        self.active: set[str] = set()
+        self.warnings: list[str] = []
+        self.gaps: deque[float] = deque(maxlen=3)
+
+    def see(self, row: Mapping[str, float]) -> list[str]:
+        """Take a row; return the warnings it gives rise to, and keep them in `warnings`."""
+        found = {
+            name: words
+            for name, words in (
+                ("value", self._value(row)),
+                ("entropy", self._entropy(row)),
+                ("drop", self._drop(row)),
+                ("stuck", self._stuck(row)),
+            )
+            if words
+        }
+        if "validation_success" not in row:  # these two speak on validations only: keep what they said last
+            found |= dict.fromkeys(self.active & {"drop", "stuck"}, "")
+        new = [f"at {row['env_steps']} steps: {found[name]}" for name in found if name not in self.active]
+        self.active = set(found)
+        self.warnings += new
+        return new
+
+    def _value(self, row: Mapping[str, float]) -> str:
+        gap = row.get("value_gap", math.nan)
+        if math.isnan(gap):
+            return ""
+        self.gaps.append(gap)
+        self.most = max(self.most, abs(row["return"]))
+        if len(self.gaps) < 3 or min(self.gaps) < max(0.5 * self.most, 1e-3):
+            return ""
+        return (
+            f"the critic promises {gap:.2f} more than the last episodes brought ({row['return']:.2f} on average): it "
+            "overrates states the robot is stuck in. Raise sac.n_step, or critic.members with reduction min."
+        )
+
+    def _entropy(self, row: Mapping[str, float]) -> str:
+        entropy = row.get("entropy", math.nan)
+        if math.isnan(entropy) or entropy > self.target_entropy - 1.5:
+            return ""
+        return (
+            f"the actor's entropy is {entropy:.2f} nats per dimension, target {self.target_entropy:.2f}: it has "
+            "stopped exploring. Raise sac.alpha_init or sac.alpha_lr."
+        )
+
+    def _drop(self, row: Mapping[str, float]) -> str:
+        success = row.get("validation_success")
+        if success is None:
+            return ""
+        self.best = max(self.best, success)
+        error = math.sqrt(2 * max(self.best * (1 - self.best), 0.5 / self.episodes) / self.episodes)
+        if success >= self.best - max(0.15, 2 * error):
+            return ""
+        return (
+            f"validation success fell to {success:.2f} from its best, {self.best:.2f}. The best head is the one "
+            "saved; lower sac.actor_lr or train.gradient_steps if it does not come back."
+        )
+
+    def _stuck(self, row: Mapping[str, float]) -> str:
+        success = row.get("validation_success")
+        if success is None:
+            return ""
+        self.first = success if self.first is None else self.first
+        if row["env_steps"] < self.env_steps / 2 or self.best > self.first + 0.05 or self.best >= 0.9:
+            return ""
+        return (
+            f"half of the steps are used and validation success has not risen (best {self.best:.2f}). Run `dsrl-vla "
+            "preflight`: another layout or bound may be steerable where this one is not."
+        )

@@ -19,7 +19,7 @@ from .critic import CriticConfig, CriticEnsemble
 from .errors import bad
 from .head import SteeringHead
 from .noise_bank import Keeper
-from .replay import Batch, Replay
+from .replay import Batch, Held
 
 Info = dict[str, torch.Tensor]
 
@@ -145,7 +145,7 @@ class LatentSAC:
         """What has to be kept of a decision: nothing but noise, reward and observations."""
         return Keeper()
 
-    def fit_normaliser(self, replay: Replay) -> None:
+    def fit_normaliser(self, replay: Held) -> None:
         """Fit head's and critics' observation statistics on warm-up data."""
         for module in self.modules.values():
             module.eyes.normalise.fit(replay.observations())  # type: ignore[union-attr, operator]

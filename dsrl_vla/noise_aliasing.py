@@ -23,7 +23,7 @@ from .head import HeadConfig, HeadInputs, SteeringHead
 from .latent_sac import Info, LatentSAC, SACConfig, follow
 from .noise_bank import ACTION, BANK_ACTION, BANK_LATENT, PREFIX, BankConfig, BankKeeper, Keeper, PrefixKeeper
 from .policy import FrozenPolicy
-from .replay import Batch, Extras, Replay
+from .replay import Batch, Extras, Held
 
 Pairs = tuple[HeadInputs, torch.Tensor, torch.Tensor]
 
@@ -110,7 +110,7 @@ class NoiseAliasing(LatentSAC):
         """Everything with weights, by the name it is saved under."""
         return super().modules | {"action_critic": self.action_critic}
 
-    def fit_normaliser(self, replay: Replay) -> None:
+    def fit_normaliser(self, replay: Held) -> None:
         """Fit the statistics of observations and actions on warm-up data."""
         super().fit_normaliser(replay)
         self.action_critic.fit_actions(replay.held(ACTION))
@@ -161,7 +161,7 @@ class ExactNoiseAliasing(NoiseAliasing):
         """Everything with weights, by the name it is saved under."""
         return super().modules | {"action_target": self.action_target}
 
-    def fit_normaliser(self, replay: Replay) -> None:
+    def fit_normaliser(self, replay: Held) -> None:
         """Fit the statistics of observations and actions on warm-up data."""
         super().fit_normaliser(replay)
         self.action_target.load_state_dict(self.action_critic.state_dict())

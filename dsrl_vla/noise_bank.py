@@ -38,6 +38,24 @@ class Keeper:
         noise = head.layout.expand(latent).unsqueeze(1)
         return base.denoise(encoding, noise)[:, 0, : base.spec.executed_steps], {}
 
+    def label(
+        self,
+        base: FrozenPolicy,
+        encoding: Encoding,
+        head: SteeringHead,
+        inputs: HeadInputs,
+        chunk: torch.Tensor,
+        generators: list[torch.Generator],
+    ) -> Extras:
+        """What to keep of decisions whose noise nobody knows; `chunk` (B, k, A) is what was executed.
+
+        Raises:
+            DsrlError: this algorithm learns from noise.
+        """
+        raise bad(
+            "algorithm", "na or na-exact, which learn from actions, with offline data", "'sac', which needs noise"
+        )
+
 
 @dataclass(frozen=True)
 class BankConfig:
@@ -75,6 +93,11 @@ class BankKeeper(Keeper):
         chunks = base.denoise(encoding, head.layout.expand(latents))[:, :, : base.spec.executed_steps]
         return chunks[:, 0], {ACTION: chunks[:, 0], BANK_LATENT: latents, BANK_ACTION: chunks}
 
+    def label(self, base, encoding, head, inputs, chunk, generators):
+        latents = torch.cat([head.layout.sample(generators), self.draw(head, inputs, generators)], 1)
+        chunks = base.denoise(encoding, head.layout.expand(latents))[:, :, : base.spec.executed_steps]
+        return {ACTION: chunk, BANK_LATENT: latents, BANK_ACTION: chunks}
+
 
 class PrefixKeeper(Keeper):
     """Keeps the executed chunk and the whole prefix, for updates that denoise."""
@@ -85,3 +108,6 @@ class PrefixKeeper(Keeper):
     def denoise(self, base, encoding, head, inputs, latent, generators):
         chunk, _ = super().denoise(base, encoding, head, inputs, latent, generators)
         return chunk, {ACTION: chunk}
+
+    def label(self, base, encoding, head, inputs, chunk, generators):
+        return {ACTION: chunk}

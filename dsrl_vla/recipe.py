@@ -23,6 +23,7 @@ from .learners import Algorithm
 from .networks import NetworkConfig
 from .noise import NoiseLayout, NoiseSpace
 from .noise_aliasing import NAConfig
+from .offline import OfflineConfig
 from .policy import FrozenPolicy
 from .recipes import shipped
 from .rollout import TaskConfig
@@ -73,7 +74,7 @@ class TrainConfig:
     """The training loop."""
 
     env_steps: int = 15_000
-    """Environment steps of collection; validation episodes are counted apart."""
+    """Environment steps of collection; validation episodes are counted apart. 0: offline data alone."""
     learning_starts: int = 300
     """Decisions of base noise before the first update."""
     gradient_steps: float = 3.0
@@ -92,16 +93,17 @@ class TrainConfig:
     tracker: Literal["none", "tensorboard", "wandb", "trackio"] = "none"
 
     def __post_init__(self) -> None:
-        least = {"env_steps": 1, "learning_starts": 1, "replay_capacity": 1, "validate_every": 1}
-        for name in (*least, "validation_episodes", "checkpoint_every", "threads"):
+        counts = ("learning_starts", "replay_capacity", "validate_every", "validation_episodes")
+        for name in (*counts, "checkpoint_every", "threads"):
             if getattr(self, name) < 1:
                 raise bad(f"train.{name}", "1 or more", getattr(self, name))
         if self.stop_at is not None and not 0 < self.stop_at <= 1:
             raise bad("train.stop_at", "above 0 and at most 1", self.stop_at)
         if self.gradient_steps <= 0:
             raise bad("train.gradient_steps", "above 0", self.gradient_steps)
-        if self.seed < 0:
-            raise bad("train.seed", "0 or more", self.seed)
+        for name in ("env_steps", "seed"):
+            if getattr(self, name) < 0:
+                raise bad(f"train.{name}", "0 or more", getattr(self, name))
 
 
 @dataclass(frozen=True)
@@ -133,8 +135,13 @@ class Recipe:
     """sac, na (noise bank) or na-exact (denoises in the update; small bases only)."""
     sac: SACConfig = field(default_factory=SACConfig)
     na: NAConfig = field(default_factory=NAConfig)
+    offline: OfflineConfig = field(default_factory=OfflineConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
+
+    def __post_init__(self) -> None:
+        if self.train.env_steps == 0 and not (self.offline.source and self.offline.updates):
+            raise bad("train.env_steps", "1 or more, or offline.source and offline.updates", 0)
 
     def to_yaml(self) -> str:
         """The resolved recipe, every field written out."""

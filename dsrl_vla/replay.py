@@ -8,6 +8,7 @@ storing it once halves the memory; an episode's last observation is stored for i
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -30,6 +31,14 @@ class Batch:
     next_inputs: HeadInputs
     extras: Extras = field(default_factory=dict)
     next_extras: Extras = field(default_factory=dict)
+
+
+class Held(Protocol):
+    """What statistics are taken from."""
+
+    def observations(self) -> HeadInputs: ...
+
+    def held(self, name: str) -> torch.Tensor: ...
 
 
 class Replay:

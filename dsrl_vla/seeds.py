@@ -13,6 +13,8 @@ EVALUATION = 300_000
 PREFLIGHT = 400_000
 SEARCH = 500_000
 """Episodes on which constant noises are compared."""
+RECORDING = 600_000
+"""Episodes recorded as offline data."""
 TRAINING = 1_000_000
 """Training run s uses TRAINING * (1 + s) and on."""
 

@@ -1,36 +1,26 @@
-"""The training loop: collect, update, validate, keep the best head, and leave a run directory behind."""
+"""Train a head by a recipe, and leave a run directory behind."""
 
 from __future__ import annotations
 
 import contextlib
 import logging
-import math
-import time
-from collections import deque
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from tqdm import tqdm
 
 from . import seeds as seed_ranges
-from .collect import Collector
 from .errors import bad
-from .evaluation import Measure, evaluate, measure
-from .head import HeadConfig, SteeringHead
-from .learners import build_learner
+from .evaluation import Measure
+from .head import SteeringHead
 from .plots import draw_run
 from .policy import FrozenPolicy
 from .probing import probe
 from .recipe import Recipe
-from .replay import Replay
 from .rollout import VectorTask
-from .run_dir import Metrics, disk_errors, load_checkpoint, save_checkpoint, write_json, write_text
-from .sources import HeadNoise
-from .tracking import Tracker
-from .watch import Watch, value_gap
+from .run_dir import disk_errors, write_text
+from .trainer import Trainer
 
 log = logging.getLogger(__name__)
 
@@ -106,184 +96,6 @@ def _prepare(recipe: Recipe, out: Path, resume: bool) -> None:
     with disk_errors(out):
         out.mkdir(parents=True, exist_ok=True)
         write_text(path, recipe.to_yaml())
-
-
-class Trainer:
-    """Owns everything that changes during a run."""
-
-    def __init__(self, recipe: Recipe, base: FrozenPolicy, task: VectorTask, held_out: VectorTask, out: Path):
-        self.recipe, self.base, self.held_out, self.out = recipe, base, held_out, out
-        config, sac = recipe.train, recipe.sac
-        torch.manual_seed(config.seed)
-        layout = recipe.noise.over(base.spec.noise)
-        head_config = HeadConfig.for_base(
-            base.spec, layout, recipe.head.network, cameras=recipe.head.cameras, image_size=recipe.head.image_size
-        )
-        self.head = SteeringHead(head_config)
-        bounds = sac.value_bounds(task.info.reward_range)
-        self.learner = build_learner(
-            recipe.algorithm, base, self.head, recipe.critic, sac, recipe.na, bounds, config.seed
-        )
-        self.replay = Replay(config.replay_capacity, layout.latent_shape)
-        first_seed = seed_ranges.TRAINING * (1 + config.seed)
-        self.collector = Collector(
-            base, self.head, task, self.replay, sac=sac, first_seed=first_seed, keeper=self.learner.keeper()
-        )
-        self.rng = np.random.default_rng(config.seed)
-        self.metrics = Metrics(out / "metrics.jsonl")
-        self.base_sha256 = base.sha256()
-        self.best: tuple[float, float] = (-1.0, 0.0)
-        self.validated: deque[float] = deque(maxlen=2)
-        self.validation_env_steps = 0
-        self.seconds = 0.0
-        self.info: dict[str, torch.Tensor] = {}
-        self.watch = Watch(sac.target_entropy, config.validation_episodes, config.env_steps)
-
-    def run(self) -> bool:
-        """Train until the recipe's steps are done; False when interrupted by Ctrl-C (the state is saved)."""
-        config, collector = self.recipe.train, self.collector
-        bar = tqdm(
-            total=config.env_steps, initial=collector.env_steps, unit="step", desc=self.recipe.name, disable=None
-        )
-        with Tracker(self.recipe, self.out) as tracker, bar:
-            try:
-                while not self.done:
-                    before, updates, start = collector.env_steps, self.learner.updates, time.perf_counter()
-                    self._decide()
-                    rate = (self.learner.updates - updates) / (time.perf_counter() - start)
-                    self._after(before, tracker)
-                    self.seconds += time.perf_counter() - start
-                    bar.update(collector.env_steps - before)
-                    best = f"{max(0.0, self.best[0]):.2f}"
-                    shown = {"success": f"{collector.success:.2f}", "best": best, "updates/s": f"{rate:.0f}"}
-                    bar.set_postfix(shown, refresh=False)
-            except KeyboardInterrupt:
-                self.checkpoint()
-                log.warning("interrupted; go on with: dsrl-vla train %s --out %s --resume", self.recipe.name, self.out)
-                return False
-        return True
-
-    def _decide(self) -> None:
-        """One decision in every environment, and the updates it is owed."""
-        config = self.recipe.train
-        warm_up = self.collector.decisions < config.learning_starts
-        self.collector.step(warm_up)
-        if warm_up:
-            return
-        if self.learner.updates == 0:
-            self.learner.fit_normaliser(self.replay)
-        owed = int((self.collector.decisions - config.learning_starts) * config.gradient_steps)
-        while self.learner.updates < owed:
-            self.info = self.learner.update(self.replay.sample(self.recipe.sac.batch, self.rng))
-
-    def _after(self, before: int, tracker: Tracker) -> None:
-        """Reports, validation and checkpoints that fell due since `before` environment steps."""
-        config, steps = self.recipe.train, self.collector.env_steps
-        due = lambda every: self.done or steps // every > before // every
-        found = self.validate() if self.learner.updates and due(config.validate_every) else {}
-        if found or due(1000):
-            tracker.log(self.report(found), steps)
-        if due(config.checkpoint_every):
-            self.checkpoint()
-
-    @property
-    def done(self) -> bool:
-        """Whether the steps are used up, or the head has been good enough twice in a row."""
-        config = self.recipe.train
-        good = config.stop_at is not None and len(self.validated) == 2 and min(self.validated) >= config.stop_at
-        return good or self.collector.env_steps >= config.env_steps
-
-    def report(self, more: dict[str, float]) -> dict[str, float]:
-        """Append a line to ``metrics.jsonl``; return it."""
-        row: dict[str, Any] = {
-            "env_steps": self.collector.env_steps,
-            "episodes": self.collector.episodes,
-            "decisions": self.collector.decisions,
-            "updates": self.learner.updates,
-            "seconds": round(self.seconds, 2),
-        }
-        if not math.isnan(self.collector.success):
-            row["success"] = self.collector.success
-        row |= {name: round(float(value), 5) for name, value in self.info.items()} | more
-        if self.learner.updates:
-            row |= value_gap(self.learner.critic, self.replay, self.collector.finished)
-        warnings = self.watch.see(row)
-        for warning in warnings:
-            log.warning("%s", warning)
-        self.metrics.append(row | ({"warnings": warnings} if warnings else {}))
-        return row
-
-    def validate(self) -> dict[str, float]:
-        """Run the averaged, deterministic head on the validation episodes; save it when it is the best so far."""
-        seeds = seed_ranges.block(seed_ranges.VALIDATION, self.recipe.train.validation_episodes)
-        found = measure(self.base, self.held_out, HeadNoise(self.learner.average), seeds)
-        steps = float(np.mean([e.steps for e in found.episodes]))
-        self.validated.append(found.success)
-        self.validation_env_steps += sum(e.steps for e in found.episodes)
-        if (found.success, -steps) > self.best:
-            self.best = (found.success, -steps)
-            with disk_errors(self.out):
-                self.learner.average.save_pretrained(self.out / "best")
-        return {"validation_success": found.success, "validation_steps": steps}
-
-    def best_head(self) -> SteeringHead:
-        """The best head so far; the present one when none has been validated."""
-        folder = self.out / "best"
-        return SteeringHead.from_pretrained(folder) if folder.is_dir() else self.learner.average.eval()
-
-    def evaluate(self, head: SteeringHead, known: dict[str, Measure] | None) -> dict[str, Any]:
-        """The paired evaluation that ends a run; writes ``eval.json``."""
-        config = self.recipe.eval
-        kinds = 3 + 3 * config.controls - (len(known) if known else 0)
-        with tqdm(total=kinds * config.episodes, unit="episode", desc="evaluation", disable=None) as bar:
-            tick = lambda _: bar.update()
-            result = evaluate(
-                self.base, head, self.held_out, config.episodes, config.controls, on_episode=tick, known=known
-            )
-        result |= {
-            "recipe": self.recipe.name,
-            "train_seed": self.recipe.train.seed,
-            "env_steps": self.collector.env_steps,
-            "validation_env_steps": self.validation_env_steps,
-            "updates": self.learner.updates,
-            "train_seconds": round(self.seconds, 1),
-            "warnings": self.watch.warnings,
-            "base_sha256_before": self.base_sha256,
-            "base_sha256_after": self.base.sha256(),
-        }
-        write_json(self.out / "eval.json", result)
-        return result
-
-    def checkpoint(self) -> None:
-        """Write all that is needed to go on."""
-        collector = self.collector
-        tensors = {f"learner.{k}": v for k, v in self.learner.tensors().items()}
-        tensors |= {f"replay.{k}": v for k, v in self.replay.tensors().items()}
-        state = {name: getattr(collector, name) for name in ("env_steps", "episodes", "decisions")}
-        state |= {name: getattr(self, name) for name in ("validation_env_steps", "seconds")}
-        state |= {name: list(getattr(self, name)) for name in ("best", "validated")}
-        state |= {"updates": self.learner.updates, "observed": self.replay.observed, "added": self.replay.added}
-        state |= {"recent": list(collector.recent), "rng": self.rng.bit_generator.state}
-        save_checkpoint(self.out / "checkpoints", collector.env_steps, tensors, state)
-
-    def resume(self) -> None:
-        """Go on from the newest checkpoint; without one, from the start."""
-        found = load_checkpoint(self.out / "checkpoints")
-        if found is None:
-            return
-        tensors, state = found
-        part = lambda name: {k[len(name) :]: v for k, v in tensors.items() if k.startswith(name)}
-        self.learner.load_tensors(part("learner."), state["updates"])
-        self.replay.load_tensors(part("replay."), state["observed"], state["added"])
-        self.collector.resume(state["episodes"], state["env_steps"], state["decisions"])
-        self.collector.recent.extend(state["recent"])
-        self.rng.bit_generator.state = state["rng"]
-        self.best = tuple(state["best"])
-        self.validated.extend(state["validated"])
-        self.validation_env_steps, self.seconds = state["validation_env_steps"], state["seconds"]
-        self.metrics.truncate(state["env_steps"])
-        for row in self.metrics.rows():
-            self.watch.see(row)
 
 
 def load_run(out: Path | str) -> tuple[Recipe, SteeringHead]:

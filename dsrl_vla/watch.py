@@ -132,7 +132,7 @@ class Watch:
         if success is None:
             return ""
         self.first = success if self.first is None else self.first
-        if row["env_steps"] < self.env_steps / 2 or self.best > self.first + 0.05 or self.best >= 0.9:
+        if row["env_steps"] < max(1, self.env_steps / 2) or self.best > self.first + 0.05 or self.best >= 0.9:
             return ""
         return (
             f"half of the steps are used and validation success has not risen (best {self.best:.2f}). Run `dsrl-vla "

@@ -1,4 +1,4 @@
-"""The command line: ``dsrl-vla preflight | train | eval | search | pretrain | recipes | adapters``.
+"""The command line: ``dsrl-vla preflight | train | eval | search | record | pretrain | recipes | adapters``.
 
 Every field of a recipe can be overridden: ``dsrl-vla train demo --train.seed 3 --noise.layout chunk``.
 """
@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 from ..errors import DsrlError, unknown
 from .listing import list_adapters, list_recipes
-from .measuring import run_eval, run_preflight, run_search
+from .measuring import run_eval, run_preflight, run_record, run_search
 from .training import run_pretrain, run_train
 
 
@@ -50,6 +50,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "train": run_train,
     "eval": run_eval,
     "search": run_search,
+    "record": run_record,
     "pretrain": run_pretrain,
     "recipes": list_recipes,
     "adapters": list_adapters,

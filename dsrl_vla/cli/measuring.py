@@ -1,4 +1,4 @@
-"""``preflight``, ``eval`` and ``search``: commands that measure."""
+"""``preflight``, ``eval``, ``search`` and ``record``: commands that run a base or a head."""
 
 from __future__ import annotations
 
@@ -55,6 +55,19 @@ class SearchArgs:
     """Held-out episodes of the evaluation."""
     out: Path | None = None
     """Directory for ticket.json and eval.json; by default runs/<recipe>-ticket."""
+
+
+@dataclass(frozen=True)
+class RecordArgs:
+    """Record rollouts of a recipe's base as offline data (npz), to learn from with algorithm na."""
+
+    recipe: tyro.conf.Positional[str]
+    """Name of a shipped recipe or a YAML file; recipe fields are options too."""
+    out: Path
+    """The .npz file to write; see dsrl_vla.offline_sources for its format."""
+    episodes: int = 50
+    run: Path | None = None
+    """A run's directory: record its best head instead of the bare base."""
 
 
 def run_preflight(argv: list[str]) -> int:
@@ -154,4 +167,34 @@ def run_search(argv: list[str]) -> int:
         f"{best['ci95']} over {result['episodes']} held-out episodes, found in {ticket.env_steps} steps"
     )
     print(f"written: {out}")
+    return 0
+
+
+def run_record(argv: list[str]) -> int:
+    """Record rollouts as offline data."""
+    args, rest = parse(RecordArgs, argv, "record")
+    recipe = read_recipe(args.recipe, rest)
+    from tqdm import tqdm
+
+    from .. import seeds
+    from ..offline_sources import write_npz
+    from ..recording import record
+    from ..run_dir import disk_errors
+    from ..sources import HeadNoise, NoiseSource, PriorNoise
+    from ..training import load_run
+
+    base = recipe.base.load()
+    source: NoiseSource = HeadNoise(load_run(args.run)[1]) if args.run else PriorNoise(base.spec.noise)
+    numbers, won = seeds.block(seeds.RECORDING, args.episodes), []
+    with tqdm(total=args.episodes, unit="episode", desc="recording", disable=None) as bar:
+
+        def tick(episode: Any) -> None:
+            won.append(bool(episode["success"].max()))
+            bar.update()
+
+        episodes = record(base, recipe.task, source, numbers, tick)
+        with disk_errors(args.out.parent):
+            args.out.parent.mkdir(parents=True, exist_ok=True)
+            write_npz(args.out, episodes)
+    print(f"{args.episodes} episodes, {sum(won)} successful; written: {args.out}")
     return 0

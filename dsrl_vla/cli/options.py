@@ -31,7 +31,7 @@ def read_recipe(source: str, rest: list[str]) -> Any:
         place, parts = tree, name.replace("-", "_").split(".")
         for part in parts[:-1]:
             place = place.setdefault(part, {})
-        parsed = yaml.safe_load(value)
+        parsed = yaml.safe_load(value) if value else ""
         place[parts[-1]] = value if isinstance(parsed, dict) else parsed  # "nano:" is a URI, not a mapping
     recipe: Recipe = load_recipe(source, tree)
     return recipe

@@ -1,0 +1,201 @@
+"""Data without noise: demonstrations, teleoperation, another policy's rollouts.
+
+Nobody knows which noise, if any, would have produced their actions, so DSRL-SAC cannot use them. DSRL-NA can:
+Q^A learns from actions, and the base is asked once per decision for a noise bank to distil it over.
+
+An episode is a mapping of arrays, one row per environment step: ``observation.state`` (T, S),
+``observation.images.<camera>`` uint8 (T, H, W, 3), ``action`` float32 (T, A) in environment units, ``reward``
+(T,), ``terminated`` bool, ``task`` the prompt. `dsrl_vla.offline_sources` reads them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, fields
+from typing import Any
+
+import numpy as np
+import torch
+
+from .errors import bad
+from .head import HeadInputs, SteeringHead
+from .latent_sac import SACConfig
+from .n_step import Decision, NStepWindows
+from .noise import generators
+from .noise_bank import Keeper
+from .observation import IMAGE_PREFIX, PROMPT, STATE, Observations
+from .policy import FrozenPolicy
+from .replay import Batch, Replay
+
+OfflineEpisode = dict[str, Any]
+Relabel = Callable[[OfflineEpisode], OfflineEpisode]
+
+
+@dataclass(frozen=True)
+class OfflineConfig:
+    """Offline data of a run; needs algorithm na or na-exact."""
+
+    source: str = ""
+    """An .npz file, a folder of a Hugging Face dataset or a LeRobotDataset; empty for none."""
+    episodes: int | None = None
+    """Use only the first so many."""
+    stride: int | None = None
+    """Steps between the starts of two decisions; by default a whole chunk. Less makes more of the data, and
+    costs as many more calls to the base."""
+    share: float = 0.5
+    """Share of a batch drawn from offline data while there are online data too."""
+    updates: int = 0
+    """Updates on offline data alone, before the first environment step."""
+    relabel: str = ""
+    """``package.module:function`` from episode to episode, to set rewards and `terminated` anew."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.share < 1:
+            raise bad("offline.share", "above 0 and below 1", self.share)
+        if self.updates < 0:
+            raise bad("offline.updates", "0 or more", self.updates)
+        for name in ("episodes", "stride"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise bad(f"offline.{name}", "1 or more", value)
+
+
+def check_episode(episode: OfflineEpisode, number: int, base: FrozenPolicy) -> int:
+    """Refuse an episode that lacks something or does not fit the base; return its length T.
+
+    Raises:
+        DsrlError: names episode and field.
+    """
+    spec = base.spec
+    wanted = [STATE, "action", "reward", "terminated", *(IMAGE_PREFIX + name for name in spec.observation.cameras)]
+    for key in wanted + [PROMPT] * spec.observation.prompt:
+        if key not in episode:
+            raise bad(f"offline episode {number}", f"a field '{key}'", ", ".join(sorted(episode)) or "none")
+    length = len(episode["action"])
+    for key in wanted:
+        if key != "terminated" and len(episode[key]) != length:
+            raise bad(f"offline episode {number}: {key}", f"{length} rows, as action has", len(episode[key]))
+    shape = np.shape(episode["action"])
+    if length == 0 or len(shape) != 2 or shape[1] != spec.action_dim:
+        raise bad(f"offline episode {number}: action", f"shape (T, {spec.action_dim}) with T > 0", shape)
+    for key in ("action", "reward"):
+        if not np.isfinite(episode[key]).all():
+            raise bad(f"offline episode {number}: {key}", "finite numbers", "NaN or infinity")
+    return length
+
+
+def sparse_success(episode: OfflineEpisode) -> OfflineEpisode:
+    """Relabel: -1 per step and 0 on the last step of an episode whose ``success`` is true, which ends there."""
+    if "success" not in episode:
+        raise bad("offline.relabel sparse_success", "a field 'success' in every episode", ", ".join(sorted(episode)))
+    success = bool(np.max(episode["success"]))
+    reward = np.full(len(episode["action"]), -1.0)
+    reward[-1] += success
+    return episode | {"reward": reward, "terminated": success}
+
+
+class OfflineLoader:
+    """Fills a replay from episodes: one prefix pass and one noise bank per decision."""
+
+    def __init__(self, base: FrozenPolicy, head: SteeringHead, keeper: Keeper, sac: SACConfig, config: OfflineConfig):
+        self.base, self.head, self.keeper, self.sac, self.config = base, head, keeper, sac, config
+        self.stride = config.stride or base.spec.executed_steps
+
+    def fill(self, replay: Replay, episodes: Iterable[OfflineEpisode], on_episode: Callable[[], None] = lambda: None):
+        """Add every episode's decisions; `replay` keeps what it has room for.
+
+        Raises:
+            DsrlError: an episode is malformed, or the algorithm needs noise that such data do not have.
+        """
+        for number, episode in enumerate(episodes):
+            length = check_episode(episode, number, self.base)
+            for first in range(0, min(self.base.spec.executed_steps, length), self.stride):
+                self._chain(replay, episode, first, length, number)
+            on_episode()
+
+    @torch.no_grad()
+    def _chain(self, replay: Replay, episode: OfflineEpisode, first: int, length: int, number: int) -> None:
+        """Add the decisions at steps first, first + k, first + 2k, …"""
+        k = self.base.spec.executed_steps
+        starts = np.arange(first, length, k)
+        observations = _rows(episode, starts)
+        encoding = self.base.encode(observations)
+        inputs = self.head.read(observations, encoding)
+        chunk, reward, steps = self._chunks(episode, starts, length)
+        numbers = replay.observe(inputs)
+        streams = generators([number * 7919 + int(start) for start in starts])
+        extras = self.keeper.observed(self.base, encoding)
+        extras |= self.keeper.label(self.base, encoding, self.head, inputs, chunk, streams)
+        replay.attach(numbers, extras)
+        windows = NStepWindows(self.sac.n_step, 1, replay.add)
+        blank = torch.zeros(self.head.layout.latent_shape)
+        over = bool(episode["terminated"])
+        for i in range(len(starts)):
+            windows.observed(np.array([0]), numbers[i : i + 1])
+            last = i == len(starts) - 1
+            if last and not over:  # nobody saw what followed
+                windows.truncated(0, int(numbers[i]))
+                return
+            discount = 0.0 if last else self.sac.gamma ** int(steps[i])
+            windows.push(0, Decision(int(numbers[i]), blank, float(reward[i]), discount))
+        windows.terminated(0)
+
+    def _chunks(
+        self, episode: OfflineEpisode, starts: np.ndarray, length: int
+    ) -> tuple[torch.Tensor, np.ndarray, np.ndarray]:
+        """Executed chunks (B, k, A), the last action held beyond the end; rewards and steps of each."""
+        k = self.base.spec.executed_steps
+        steps = np.minimum(k, length - starts)
+        index = np.minimum(starts[:, None] + np.arange(k), length - 1)
+        action = torch.from_numpy(np.asarray(episode["action"], dtype=np.float32)[index])
+        return action, self.sac.chunk_reward(np.asarray(episode["reward"], dtype=np.float64)[index], steps), steps
+
+
+def _rows(episode: OfflineEpisode, rows: np.ndarray) -> Observations:
+    found: Observations = {k: np.asarray(v)[rows] for k, v in episode.items() if k.startswith("observation.")}
+    found[STATE] = found[STATE].astype(np.float32)
+    if PROMPT in episode:
+        found[PROMPT] = [str(episode[PROMPT])] * len(rows)
+    return found
+
+
+class MixedReplay:
+    """Online and offline data as one store: every batch holds a fixed share of each (symmetric sampling).
+
+    With nothing online yet, batches are offline.
+    """
+
+    def __init__(self, online: Replay, offline: Replay, share: float):
+        self.online, self.offline, self.share = online, offline, share
+
+    def __len__(self) -> int:
+        return len(self.online) + len(self.offline)
+
+    def sample(self, size: int, rng: np.random.Generator) -> Batch:
+        """As `Replay.sample`."""
+        if not len(self.online):
+            return self.offline.sample(size, rng)
+        count = round(size * self.share)
+        return _join(self.online.sample(size - count, rng), self.offline.sample(count, rng))
+
+    def observations(self) -> HeadInputs:
+        """As `Replay.observations`, both stores after one another."""
+        return _cat([r.observations() for r in self._filled()])
+
+    def held(self, name: str) -> torch.Tensor:
+        """As `Replay.held`."""
+        return torch.cat([r.held(name) for r in self._filled()])
+
+    def _filled(self) -> Iterator[Replay]:
+        return (r for r in (self.online, self.offline) if r.observed)
+
+
+def _cat(parts: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    return {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
+
+
+def _join(a: Batch, b: Batch) -> Batch:
+    values: dict[str, Any] = {}
+    for field in fields(Batch):
+        pair = [getattr(a, field.name), getattr(b, field.name)]
+        values[field.name] = torch.cat(pair) if torch.is_tensor(pair[0]) else _cat(pair)
+    return Batch(**values)

@@ -1,0 +1,163 @@
+"""Readers of offline episodes: npz files, Hugging Face datasets, LeRobotDatasets; and the writer of npz files.
+
+The npz format: all steps of all episodes one after the other, one array per field.
+
+======================================  =====================  ==================================================
+``episode_index``                       int (N,)               which episode a step belongs to, in order
+``observation.state``                   float (N, S)           before the action
+``observation.images.<camera>``         uint8 (N, H, W, 3)     before the action
+``action``                              float (N, A)           environment units
+``reward``                              float (N,)             of the action
+``terminated``                          bool (N,)              true on the last step of an episode that ended there
+``success``                             bool (N,), optional    for relabelling
+``task``                                str, () or (N,)        the prompt
+======================================  =====================  ==================================================
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterable, Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .errors import DsrlError, bad, missing_extra
+from .observation import IMAGE_PREFIX, PROMPT
+from .offline import OfflineConfig, OfflineEpisode, Relabel, sparse_success
+
+_SHIPPED = {"sparse_success": sparse_success}
+_NAMES = {"next.reward": "reward", "next.success": "success", "next.done": "terminated"}  # LeRobot's columns
+
+
+def read_episodes(config: OfflineConfig) -> Iterator[OfflineEpisode]:
+    """The episodes a config names, relabelled as it says.
+
+    Raises:
+        DsrlError: no such file or folder; a field is missing; the relabelling function cannot be imported.
+    """
+    path = Path(config.source).expanduser()
+    if not path.exists():
+        raise bad("offline.source", "an .npz file or the folder of a dataset", f"'{config.source}'")
+    episodes = read_npz(path) if path.is_file() else read_dataset(path)
+    relabel = load_relabel(config.relabel) if config.relabel else lambda episode: episode
+    return (relabel(episode) for episode in islice(episodes, config.episodes))
+
+
+def read_npz(path: Path) -> Iterator[OfflineEpisode]:
+    """Episodes of an npz file in the format above; no pickled objects."""
+    with np.load(path, allow_pickle=False) as archive:
+        columns = {name: archive[name] for name in archive.files}
+    yield from split(columns, str(path))
+
+
+def split(columns: dict[str, np.ndarray], name: str) -> Iterator[OfflineEpisode]:
+    """Cut columns over all steps into episodes."""
+    if "episode_index" not in columns:
+        raise bad(f"offline data '{name}'", "a field 'episode_index'", ", ".join(sorted(columns)))
+    index = columns.pop("episode_index")
+    edges = np.flatnonzero(np.diff(index)) + 1
+    for first, last in zip([0, *edges], [*edges, len(index)], strict=True):
+        episode: OfflineEpisode = {k: v[first:last] for k, v in columns.items() if np.ndim(v)}
+        episode |= {k: v[()] for k, v in columns.items() if not np.ndim(v)}
+        if np.ndim(episode.get(PROMPT, "")):
+            episode[PROMPT] = episode[PROMPT][0]
+        if "terminated" in episode:
+            episode["terminated"] = bool(np.asarray(episode["terminated"])[-1])
+        yield episode
+
+
+def write_npz(path: Path, episodes: Iterable[OfflineEpisode]) -> None:
+    """Write episodes in the format above, compressed."""
+    columns: dict[str, list[np.ndarray]] = {}
+    for number, episode in enumerate(episodes):
+        length = len(episode["action"])
+        ended = np.zeros(length, dtype=bool)
+        ended[-1] = bool(episode["terminated"])
+        rows = {k: np.asarray(v) for k, v in episode.items() if k not in (PROMPT, "terminated")}
+        rows |= {"episode_index": np.full(length, number), "terminated": ended}
+        if PROMPT in episode:
+            rows[PROMPT] = np.full(length, str(episode[PROMPT]))
+        for key, values in rows.items():
+            columns.setdefault(key, []).append(values)
+    arrays: dict[str, Any] = {key: np.concatenate(parts) for key, parts in columns.items()}
+    np.savez_compressed(path, **arrays)
+
+
+def read_dataset(folder: Path) -> Iterator[OfflineEpisode]:
+    """Episodes of a Hugging Face dataset on disk, or of a LeRobotDataset (``meta/info.json``).
+
+    Columns as in the npz format, or under LeRobot's names (``next.reward``, ``next.success``, ``next.done``).
+
+    Raises:
+        MissingExtraError: `datasets`, or for a LeRobotDataset `lerobot`, is not installed.
+    """
+    if (folder / "meta" / "info.json").exists():
+        yield from _read_lerobot(folder)
+        return
+    try:
+        import datasets
+    except ImportError as error:
+        raise missing_extra("datasets", "datasets", f"reading '{folder}'") from error
+    table = datasets.load_from_disk(str(folder)).with_format("numpy")
+    yield from split({_NAMES.get(name, name): _column(table, name) for name in table.column_names}, str(folder))
+
+
+def _column(table: Any, name: str) -> np.ndarray:
+    values = table[name][:]
+    if name.startswith(IMAGE_PREFIX):
+        return np.stack([np.asarray(v, dtype=np.uint8) for v in values])
+    return np.asarray(values)
+
+
+def _read_lerobot(folder: Path) -> Iterator[OfflineEpisode]:
+    try:
+        from lerobot.datasets.lerobot_dataset import LeRobotDataset
+    except ImportError as error:
+        raise missing_extra("lerobot", "lerobot", f"reading the LeRobotDataset '{folder}'") from error
+    dataset = LeRobotDataset(folder.name, root=folder)
+    rows: list[dict[str, Any]] = []
+    for i in range(len(dataset)):
+        row = dataset[i]
+        if rows and int(row["episode_index"]) != int(rows[-1]["episode_index"]):
+            yield _lerobot_episode(rows)
+            rows = []
+        rows.append(row)
+    if rows:
+        yield _lerobot_episode(rows)
+
+
+def _lerobot_episode(rows: list[dict[str, Any]]) -> OfflineEpisode:
+    """LeRobot's images are float CHW in [0, 1]; `next.done` does not tell a success from a cut."""
+    episode: OfflineEpisode = {PROMPT: rows[0]["task"]}
+    for key in rows[0]:
+        name = _NAMES.get(key, key)
+        if name.startswith(IMAGE_PREFIX):
+            stacked = np.stack([np.asarray(row[key]) for row in rows])
+            episode[name] = (stacked.transpose(0, 2, 3, 1) * 255).round().astype(np.uint8)
+        elif name in ("observation.state", "action", "reward", "success"):
+            episode[name] = np.stack([np.asarray(row[key]) for row in rows]).reshape(len(rows), -1)
+            if name in ("reward", "success"):
+                episode[name] = episode[name][:, 0]
+    episode["terminated"] = bool(np.max(episode.get("success", [False])))
+    return episode
+
+
+def load_relabel(name: str) -> Relabel:
+    """A shipped relabelling by name (``sparse_success``), or ``package.module:function``.
+
+    Raises:
+        DsrlError: it cannot be imported.
+    """
+    if name in _SHIPPED:
+        return _SHIPPED[name]
+    module, colon, function = name.partition(":")
+    if not colon:
+        raise bad("offline.relabel", f"{', '.join(_SHIPPED)} or package.module:function", f"'{name}'")
+    try:
+        found: Relabel = getattr(importlib.import_module(module), function)
+    except (ImportError, AttributeError) as error:
+        raise DsrlError(f"offline.relabel: expected an importable function, got '{name}' ({error}).") from error
+    return found

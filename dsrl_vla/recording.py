@@ -1,0 +1,49 @@
+"""Recording a policy's rollouts as offline episodes, every step of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+
+import numpy as np
+
+from .observation import PROMPT, unsqueeze
+from .offline import OfflineEpisode
+from .policy import FrozenPolicy
+from .rollout import TaskConfig, episode_generators
+from .sources import NoiseSource
+from .tasks import make_task
+
+
+def record(
+    base: FrozenPolicy,
+    config: TaskConfig,
+    source: NoiseSource,
+    seeds: Sequence[int],
+    on_episode: Callable[[OfflineEpisode], None] = lambda _: None,
+) -> Iterator[OfflineEpisode]:
+    """Play one episode per seed and yield it, with an observation for every step."""
+    env = make_task(config.uri, max_episode_steps=config.max_episode_steps)
+    base.check_task(env.info)
+    for seed in seeds:
+        streams = episode_generators([seed])
+        observation, _ = env.reset(seed=seed)
+        columns: dict[str, list] = {}
+        over = terminated = success = False
+        while not over:
+            observations = unsqueeze(observation | {PROMPT: env.info.prompt})
+            encoding = base.encode(observations)
+            chunk = base.denoise(encoding, source(observations, encoding, streams))[0, 0, : base.spec.executed_steps]
+            for action in chunk.numpy():
+                row = {**observation, "action": action}
+                observation, reward, terminated, truncated, info = env.step(action)
+                success = bool(info["success"])
+                for key, value in (row | {"reward": reward, "success": success}).items():
+                    columns.setdefault(key, []).append(value)
+                over = terminated or truncated
+                if over:
+                    break
+        episode: OfflineEpisode = {key: np.stack(values) for key, values in columns.items()}
+        episode |= {"terminated": terminated, PROMPT: env.info.prompt}
+        on_episode(episode)
+        yield episode
+    env.close()

@@ -1,0 +1,199 @@
+import json
+import sys
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from dsrl_vla.cli import main
+from dsrl_vla.errors import DsrlError
+from dsrl_vla.head import HeadConfig, SteeringHead
+from dsrl_vla.latent_sac import SACConfig
+from dsrl_vla.networks import NetworkConfig
+from dsrl_vla.noise import NoiseLayout
+from dsrl_vla.noise_bank import ACTION, BANK_ACTION, BANK_LATENT, BankConfig, BankKeeper, Keeper, PrefixKeeper
+from dsrl_vla.observation import batch
+from dsrl_vla.offline import MixedReplay, OfflineConfig, OfflineLoader, sparse_success
+from dsrl_vla.offline_sources import load_relabel, read_episodes, read_npz, write_npz
+from dsrl_vla.recording import record
+from dsrl_vla.replay import Replay
+from dsrl_vla.rollout import TaskConfig
+from dsrl_vla.sources import PriorNoise
+
+FORK = TaskConfig("point:fork", 40, 1)
+GAMMA = 0.9
+
+
+@pytest.fixture(scope="module")
+def episodes(fork_base):
+    return list(record(fork_base, FORK, PriorNoise(fork_base.spec.noise), range(12)))
+
+
+@pytest.fixture
+def head(fork_base):
+    torch.manual_seed(0)
+    layout = NoiseLayout(fork_base.spec.noise, "repeat", 1.5)
+    return SteeringHead(HeadConfig.for_base(fork_base.spec, layout, NetworkConfig(width=16, layers=1)))
+
+
+def filled(fork_base, head, episodes, keeper=None, n_step=1, **config):
+    replay = Replay(2000, head.layout.latent_shape)
+    keeper = keeper or BankKeeper(BankConfig(3))
+    sac = SACConfig(gamma=GAMMA, n_step=n_step)
+    OfflineLoader(fork_base, head, keeper, sac, OfflineConfig(**config)).fill(replay, episodes)
+    return replay
+
+
+def test_recorded_episodes_are_whole(episodes, fork_base):
+    assert 0 < sum(e["terminated"] for e in episodes) < 12
+    for episode in episodes:
+        length = len(episode["action"])
+        assert len(episode["observation.state"]) == len(episode["reward"]) == length <= 40
+        assert episode["success"][-1] == episode["terminated"] and not episode["success"][:-1].any()
+        moved = episode["observation.state"][1:, :2] - episode["observation.state"][:-1, :2]
+        assert np.abs(moved).max() <= 0.11  # an action's reach
+
+
+def test_what_is_written_as_npz_is_read_back(episodes, tmp_path):
+    write_npz(tmp_path / "data.npz", episodes)
+    again = list(read_npz(tmp_path / "data.npz"))
+    assert len(again) == len(episodes)
+    for a, b in zip(episodes, again, strict=True):
+        assert set(a) == set(b) and a["task"] == b["task"] and a["terminated"] == b["terminated"]
+        assert all(np.array_equal(a[k], b[k]) for k in a if np.ndim(a[k]))
+
+
+def test_a_datasets_folder_reads_like_the_npz(episodes, tmp_path):
+    datasets = pytest.importorskip("datasets")
+    write_npz(tmp_path / "data.npz", episodes)
+    with np.load(tmp_path / "data.npz") as archive:
+        columns = {k: archive[k] for k in archive.files}
+    names = {"reward": "next.reward", "success": "next.success", "terminated": "next.done"}
+    table = datasets.Dataset.from_dict({names.get(k, k): v.tolist() for k, v in columns.items()})
+    table.save_to_disk(str(tmp_path / "table"))
+    one = list(read_episodes(OfflineConfig(str(tmp_path / "data.npz"), episodes=5)))
+    two = list(read_episodes(OfflineConfig(str(tmp_path / "table"), episodes=5)))
+    assert len(one) == len(two) == 5
+    for a, b in zip(one, two, strict=True):
+        assert a["terminated"] == b["terminated"] and a["task"] == b["task"]
+        assert all(np.allclose(a[k], b[k]) for k in ("observation.state", "action", "reward", "success"))
+
+
+def test_decisions_hold_the_executed_chunk_and_a_true_bank(fork_base, head, episodes):
+    replay = filled(fork_base, head, episodes)
+    found = replay.sample(64, np.random.default_rng(0))
+    k = fork_base.spec.executed_steps
+    assert found.extras[ACTION].shape == (64, k, 2) and found.extras[BANK_ACTION].shape == (64, 4, k, 2)
+    encoding = fork_base.encode(batch([{"observation.state": s} for s in found.inputs["state"].numpy()]))
+    again = fork_base.denoise(encoding, head.layout.expand(found.extras[BANK_LATENT]))[:, :, :k]
+    assert torch.allclose(again, found.extras[BANK_ACTION], atol=1e-5)
+    starts = {tuple(row) for e in episodes for row in e["action"][::k].round(4).tolist()}
+    assert {tuple(row) for row in found.extras[ACTION][:, 0].numpy().round(4).tolist()} <= starts
+
+
+def test_rewards_discounts_and_ends(fork_base, head, episodes):
+    replay = filled(fork_base, head, episodes)
+    k = fork_base.spec.executed_steps
+    wins = sum(e["terminated"] for e in episodes)
+    expected = sum(-(-len(e["action"]) // k) - (not e["terminated"]) for e in episodes)
+    assert replay.added == expected  # the last decision of an episode that was cut has no known successor
+    assert int((replay.discount[: replay.added] == 0).sum()) == wins
+    won = next(e for e in episodes if e["terminated"])
+    only = filled(fork_base, head, [won])
+    steps = len(won["action"]) - (only.added - 1) * k
+    assert only.reward[only.added - 1] == pytest.approx(GAMMA ** (steps - 1))
+    assert only.reward[: only.added - 1].abs().max() == 0
+
+
+def test_a_smaller_stride_makes_more_of_the_same_data(fork_base, head, episodes):
+    k = fork_base.spec.executed_steps
+    whole, every = (filled(fork_base, head, episodes, stride=s).added for s in (k, 1))
+    assert (k - 1) * whole < every <= (k + 0.5) * whole
+
+
+def test_sac_refuses_data_without_noise_and_na_exact_takes_it(fork_base, head, episodes):
+    with pytest.raises(DsrlError, match=r"algorithm: expected na or na-exact, which learn from actions"):
+        filled(fork_base, head, episodes, keeper=Keeper())
+    replay = filled(fork_base, head, episodes, keeper=PrefixKeeper())
+    assert set(replay.extras) == {ACTION, "prefix.feature"}
+
+
+def test_batches_mix_online_and_offline_by_their_share(fork_base, head, episodes):
+    offline, online = (filled(fork_base, head, part) for part in (episodes[:6], episodes[6:]))
+    offline.reward += 1000
+    rng = np.random.default_rng(0)
+    found = MixedReplay(online, offline, 0.25).sample(64, rng)
+    assert int((found.reward > 500).sum()) == 16 and found.extras[BANK_ACTION].shape[0] == 64
+    empty = MixedReplay(Replay(10, (1, 2)), offline, 0.25)
+    assert (empty.sample(8, rng).reward > 500).all()
+    assert len(empty.observations()["state"]) == len(empty.held(ACTION)) == offline.observed
+
+
+def test_sparse_success_relabels(episodes):
+    for episode in episodes:
+        raw = {k: v for k, v in episode.items() if k not in ("reward", "terminated")}
+        again = sparse_success(raw)
+        assert again["terminated"] == episode["terminated"] and np.array_equal(again["reward"], episode["reward"])
+    with pytest.raises(DsrlError, match="a field 'success'"):
+        sparse_success({"action": np.zeros((3, 2))})
+
+
+def relabel_to_nothing(episode):
+    return episode | {"reward": np.full(len(episode["action"]), -1.0), "terminated": False}
+
+
+def test_a_relabelling_of_ones_own(episodes, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "my_labels", sys.modules[__name__])
+    write_npz(tmp_path / "data.npz", episodes)
+    config = OfflineConfig(str(tmp_path / "data.npz"), relabel="my_labels:relabel_to_nothing")
+    assert not any(e["terminated"] for e in read_episodes(config))
+    for name, message in (("sparse", "offline.relabel: expected sparse_success or"), ("no.such:thing", "importable")):
+        with pytest.raises(DsrlError, match=message):
+            load_relabel(name)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"reward": None}, "offline episode 0: expected a field 'reward'"),
+        ({"reward": np.zeros(3)}, r"offline episode 0: reward: expected \d+ rows"),
+        ({"action": np.zeros((5, 7))}, r"offline episode 0: (action|observation.state): expected"),
+        ({"action": "nan"}, "offline episode 0: action: expected finite numbers"),
+    ],
+)
+def test_malformed_episodes_are_named(fork_base, head, episodes, change, message):
+    broken = dict(episodes[0])
+    for key, value in change.items():
+        broken[key] = np.full_like(broken[key], np.nan) if isinstance(value, str) else value
+        if value is None:
+            del broken[key]
+    with pytest.raises(DsrlError, match=message):
+        filled(fork_base, head, [broken])
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [({"share": 1.0}, "offline.share"), ({"stride": 0}, "offline.stride"), ({"updates": -1}, "offline.updates")],
+)
+def test_bad_settings_are_named(config, message):
+    with pytest.raises(DsrlError, match=message):
+        OfflineConfig(**config)
+
+
+def test_offline_alone_and_offline_to_online_through_the_command_line(fork_recipe, tmp_path, capsys):
+    data, tree = tmp_path / "fork.npz", yaml.safe_load(fork_recipe.read_text())
+    assert main(["record", str(fork_recipe), "--out", str(data), "--episodes", "30"]) == 0
+    assert "30 episodes" in capsys.readouterr().out
+    tree |= {"algorithm": "na", "offline": {"source": str(data), "updates": 60}}
+    fork_recipe.write_text(yaml.safe_dump(tree))
+    alone, both = tmp_path / "alone", tmp_path / "both"
+    assert main(["train", str(fork_recipe), "--train.env_steps", "0", "--out", str(alone)]) == 0
+    result = json.loads((alone / "eval.json").read_text())
+    assert (result["env_steps"], result["updates"]) == (0, 60)
+    assert main(["train", str(fork_recipe), "--out", str(both)]) == 0
+    result = json.loads((both / "eval.json").read_text())
+    assert result["env_steps"] >= 1200 and result["updates"] > 60
+    assert main(["train", str(fork_recipe), "--algorithm", "sac", "--out", str(tmp_path / "sac")]) == 2
+    assert "algorithm: expected na" in capsys.readouterr().err
+    assert main(["train", str(fork_recipe), "--train.env_steps", "0", "--offline.source", "", "--out", "x"]) == 2
+    assert "train.env_steps: expected 1 or more, or offline.source" in capsys.readouterr().err

@@ -28,6 +28,8 @@ from .policy import FrozenPolicy
 from .recipes import shipped
 from .rollout import TaskConfig
 
+AUTO = "auto"
+
 
 @dataclass(frozen=True)
 class BaseConfig:
@@ -48,7 +50,8 @@ class NoiseConfig:
     """How the head's latent becomes noise."""
 
     layout: str = "repeat"
-    """repeat, chunk or knots:<n>; `dsrl-vla preflight` recommends one."""
+    """repeat, chunk or knots:<n>; or auto: preflight measures them first and its recommendation is taken, layout
+    and bound."""
     bound: float = 1.5
     """Greatest absolute noise a head may pick."""
     columns: Literal["live", "all"] = "live"
@@ -56,6 +59,10 @@ class NoiseConfig:
 
     def over(self, space: NoiseSpace) -> NoiseLayout:
         """This layout over a base's noise space; raises what `NoiseLayout` raises."""
+        if self.layout == AUTO:
+            raise bad("noise.layout", "a layout by name here", "auto", "`dsrl-vla preflight` recommends one.")
+                "noise.layout", "a layout by name here", "auto", "`dsrl-vla preflight` says which; train does so."
+            )
         return NoiseLayout(space, self.layout, self.bound, self.columns)
 
 

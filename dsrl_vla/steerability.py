@@ -1,8 +1,9 @@
 """Preflight: is this base steerable on this task, in which layout, and how much is there to gain?
 
 Everything is measured in success on seeded episodes: the base under its own noise, constant zero noise, the
-prior cut at several bounds, and every layout at random. A layout under which random noise already fails
-(repeated noise breaks some fine-tuned policies) leaves a head nothing to learn from.
+prior cut at several bounds, and every layout at random, K times. What at least one of K draws in a layout
+solves is a floor under what a head in that layout can reach; a layout in which chance solves nothing (repeated
+noise breaks some policies) leaves a head nothing to learn from.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ class PreflightConfig:
     episodes: int = 30
     """Episodes per condition."""
     best_of: int = 4
-    """Noise draws per episode behind the best-of-K headroom."""
+    """Noise draws per episode behind the best-of-K headroom of the base and of every layout."""
     layouts: tuple[str, ...] = ("repeat", "knots:2", "knots:4", "chunk")
     bounds: tuple[float, ...] = (1.0, 1.5, 2.0)
 
@@ -40,6 +41,10 @@ class PreflightConfig:
             raise bad("preflight.episodes and preflight.best_of", "1 or more", (self.episodes, self.best_of))
         if not self.layouts or not self.bounds:
             raise bad("preflight.layouts and preflight.bounds", "at least one of each", "none")
+
+    def total_episodes(self, base: FrozenPolicy) -> int:
+        """Episodes of the whole preflight."""
+        return self.episodes * (len(conditions(base, self)) + (self.best_of - 1) * (1 + len(self.layouts)))
 
 
 def conditions(base: FrozenPolicy, config: PreflightConfig) -> dict[str, NoiseSource]:
@@ -74,10 +79,12 @@ def preflight(
     def run(name: str, source: NoiseSource, trial: int = 0) -> Measure:
         return measure(base, task, source, seeds, trial, on_episode=lambda episode: on_episode(name, episode))
 
-    found = {name: run(name, source) for name, source in conditions(base, config).items()}
-    own = PriorNoise(base.spec.noise)
-    tries = [found["base"], *(run(f"try {trial + 1}", own, trial) for trial in range(1, config.best_of))]
-    headroom = _headroom(tries)
+    sources = conditions(base, config)
+    found = {name: run(name, source) for name, source in sources.items()}
+    headroom = {}
+    for name in ("base", *(f"layout {name}" for name in config.layouts)):
+        more = [run(f"{name}, try {trial + 1}", sources[name], trial) for trial in range(1, config.best_of)]
+        headroom[name] = _headroom([found[name], *more])
     return {
         "base": base.spec.uri,
         "task": task.info.uri,
@@ -117,21 +124,22 @@ def recommend(
 ) -> dict[str, Any]:
     """Layout and bound from measured success, and whether to steer at all, in words.
 
-    The smallest layout whose random noise does about as well as the base's own (within one standard error of
-    a difference) is taken, since fewer dimensions are learnt faster; so is the largest harmless bound.
+    The smallest layout in which best-of-K solves about as much as in any (within one standard error of a
+    difference) is taken, since fewer dimensions are learnt faster; so is the largest harmless bound.
     """
     own, n = found["base"].success, config.episodes
     error = np.sqrt(max(own * (1 - own), 0.25 / n) * 2 / n)
-    layouts = {name: found[f"layout {name}"].success for name in config.layouts}
     size = {name: NoiseLayout(base.spec.noise, name, 1.0).latent_shape[0] for name in config.layouts}
-    good = [name for name in config.layouts if layouts[name] >= own - error]
-    layout = min(good, key=lambda name: size[name]) if good else max(layouts, key=lambda name: layouts[name])
+    reach = {name: headroom[f"layout {name}"]["success"] for name in config.layouts}
+    most = max(reach.values())
+    spread = np.sqrt(max(most * (1 - most), 0.25 / n) * 2 / n)
+    layout = min((name for name in config.layouts if reach[name] >= most - spread), key=lambda name: size[name])
     bounds = {b: found[f"clipped {b:g}"].success for b in config.bounds if f"clipped {b:g}" in found}
     harmless = [b for b, success in bounds.items() if success >= max(bounds.values()) - error]
     middle = sorted(config.bounds)[len(config.bounds) // 2]
     bound = middle if middle in harmless else max(harmless, default=1.0)
     words = []
-    zero, best = found["zero"].success, headroom["success"]
+    zero, best = found["zero"].success, headroom["base"]["success"]
     saturated, hopeless = own >= 0.95, max(best, zero) <= own + 0.02
     if saturated:
         words.append(f"The base already succeeds in {own:.0%} of episodes: steering has next to nothing to gain.")
@@ -144,9 +152,10 @@ def recommend(
         words.append(f"Choosing among {config.best_of} draws would give at least {best:.0%} (base {own:.0%}).")
     if zero > own + error:
         words.append(f"Constant zero noise already gives {zero:.0%}: a head has to beat that, not the base.")
-    if not good:
+    if most < own:
         words.append(
-            f"Every layout at random does worse than the base's own noise; '{layout}' least so. Expect slow learning."
+            f"In every layout, {config.best_of} draws solve less than the base's own noise does; '{layout}' comes "
+            "closest. Expect slow learning."
         )
     return {
         "layout": layout,

@@ -27,7 +27,7 @@ def print_preflight(result: dict[str, Any]) -> None:
     """Print what preflight measured and recommends."""
     rows = [_row(name, m) for name, m in result["conditions"].items()]
     best = result["best_of"]
-    rows.append(_row(f"best of {best['k']}", best))
+    rows += [_row(f"{name}, best of {best['k']}", m) for name, m in best.items() if name != "k"]
     console = Console()
     console.print(_table(f"{result['base']} on {result['task']}, {result['episodes']} episodes", rows))
     advice = result["recommendation"]

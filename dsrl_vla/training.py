@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from tqdm import tqdm
 
 from . import seeds as seed_ranges
 from .errors import bad
@@ -17,9 +19,9 @@ from .head import SteeringHead
 from .plots import draw_run
 from .policy import FrozenPolicy
 from .probing import probe
-from .recipe import Recipe
+from .recipe import AUTO, Recipe
 from .rollout import VectorTask
-from .run_dir import disk_errors, write_text
+from .run_dir import disk_errors, write_json, write_text
 from .trainer import Trainer
 
 log = logging.getLogger(__name__)
@@ -67,6 +69,7 @@ def train(
         held_out = stack.enter_context(VectorTask(recipe.task, base.spec.executed_steps))
         base.check_task(task.info)
         probe(base, example(task))
+        recipe = resolve_layout(recipe, base, task, out)
         trainer = Trainer(recipe, base, task, held_out, out)
         if resume:
             trainer.resume()
@@ -77,6 +80,24 @@ def train(
             result = trainer.evaluate(head, known)
             draw_run(out, recipe, base, head, trainer.metrics.rows(), result)
     return RunResult(head, result, out)
+
+
+def resolve_layout(recipe: Recipe, base: FrozenPolicy, task: VectorTask, out: Path) -> Recipe:
+    """A recipe whose layout is ``auto`` with the layout and bound that preflight recommends.
+
+    What preflight measured is written to ``preflight.json``, and read from there when a run is resumed.
+    """
+    if recipe.noise.layout != AUTO:
+        return recipe
+    from .steerability import PreflightConfig, preflight
+
+    path, config = out / "preflight.json", PreflightConfig()
+    if not path.exists():
+        with tqdm(total=config.total_episodes(base), unit="episode", desc="preflight", disable=None) as bar:
+            write_json(path, preflight(base, task, config, lambda *_: bar.update()))
+    advice = json.loads(path.read_text())["recommendation"]
+    log.info("layout auto: %s, bound %g. %s", advice["layout"], advice["bound"], advice["words"])
+    return replace(recipe, noise=replace(recipe.noise, layout=advice["layout"], bound=advice["bound"]))
 
 
 def example(task: VectorTask) -> dict[str, Any]:

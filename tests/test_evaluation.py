@@ -10,7 +10,7 @@ from dsrl_vla.head import HeadConfig
 from dsrl_vla.networks import NetworkConfig
 from dsrl_vla.noise import NoiseLayout
 from dsrl_vla.rollout import Episode, TaskConfig, VectorTask
-from dsrl_vla.steerability import PreflightConfig
+from dsrl_vla.steerability import PreflightConfig, recommend
 
 FORK = TaskConfig("point:fork", 40, 4)
 
@@ -61,9 +61,11 @@ def test_preflight_measures_every_condition_and_recommends(fork_base):
         found = preflight(fork_base, task, config, lambda name, _: seen.append(name))
     names = {"base", "zero", "clipped 1", "clipped 2", "layout repeat", "layout chunk"}
     assert set(found["conditions"]) == names
-    assert len(seen) == 24 * (len(names) + 3)
+    assert len(seen) == config.total_episodes(fork_base) == 24 * (len(names) + 3 * 3)
     assert found["recommendation"]["layout"] in config.layouts and found["recommendation"]["bound"] in config.bounds
-    assert found["best_of"]["success"] >= found["conditions"]["base"]["success"]
+    best = found["best_of"]
+    assert best["k"] == 4 and set(best) == {"k", "base", "layout repeat", "layout chunk"}
+    assert all(best[name]["success"] >= found["conditions"][name]["success"] for name in set(best) - {"k"})
     assert found["recommendation"]["worth_steering"] and "Choosing among 4 draws" in found["recommendation"]["words"]
     assert found["noise_sensitivity"] > 0
     assert json.loads(json.dumps(found)) == found
@@ -94,3 +96,19 @@ def test_preflight_asks_for_something_to_measure():
 def test_success_is_a_share():
     assert measure_of([1, 0, 0, 1]).success == 0.5
     assert np.isclose(measure_of([1, 0, 0, 1]).to_json()["mean_steps"], 10)
+
+
+def test_the_smallest_layout_that_reaches_as_far_as_any_is_recommended(fork_base):
+    config = PreflightConfig(episodes=100, best_of=4, layouts=("repeat", "knots:2", "chunk"), bounds=(1.0, 1.5, 2.0))
+    even = measure_of([1, 0] * 50)
+    found = dict.fromkeys(("base", "zero", "clipped 1", "clipped 1.5", "clipped 2"), even)
+    reach = lambda **values: (
+        {"base": {"success": 0.9}}
+        | {f"layout {name.replace('_', ':')}": {"success": value} for name, value in values.items()}
+    )
+    layout = lambda **values: recommend(fork_base, found, reach(**values), config)["layout"]
+    assert layout(repeat=0.9, knots_2=0.92, chunk=0.93) == "repeat"
+    assert layout(repeat=0.5, knots_2=0.9, chunk=0.93) == "knots:2"
+    assert layout(repeat=0.5, knots_2=0.7, chunk=0.93) == "chunk"
+    words = recommend(fork_base, found, reach(repeat=0.2, knots_2=0.3, chunk=0.4), config)["words"]
+    assert "In every layout, 4 draws solve less" in words

@@ -175,3 +175,21 @@ def test_the_best_head_is_what_is_kept(finished):
     assert isinstance(SteeringHead.from_pretrained(finished[2] / "best"), SteeringHead)
     _, state = load_checkpoint(finished[2] / "checkpoints")
     assert state["best"][0] == max(r["validation_success"] for r in rows)
+
+
+def test_layout_auto_takes_preflights_word_and_a_resumed_run_its_first_one(fork_folder, tmp_path, monkeypatch):
+    import dsrl_vla.steerability as steerability
+
+    short_preflight = steerability.PreflightConfig(episodes=8, best_of=2, layouts=("chunk", "knots:2"), bounds=(1.0,))
+    monkeypatch.setattr(steerability, "PreflightConfig", lambda: short_preflight)
+    tree = short(fork_folder)
+    tree["noise"] = {"layout": "auto"}
+    recipe, out = load_recipe("drawer-open", tree), tmp_path / "run"
+    run = train(recipe, out, evaluate_after=False)
+    advice = json.loads((out / "preflight.json").read_text())["recommendation"]
+    assert (run.head.layout.name, run.head.layout.bound) == (advice["layout"], 1.0)
+    monkeypatch.setattr(steerability, "preflight", None)
+    again = train(recipe, out, resume=True, evaluate_after=False)
+    assert again.head.layout == run.head.layout
+    with pytest.raises(DsrlError, match="noise.layout: expected a layout by name here, got auto"):
+        recipe.noise.over(run.head.layout.space)

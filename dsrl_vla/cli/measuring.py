@@ -78,13 +78,13 @@ def run_preflight(argv: list[str]) -> int:
 
     from ..rollout import VectorTask
     from ..run_dir import disk_errors, write_json
-    from ..steerability import PreflightConfig, conditions, preflight
+    from ..steerability import PreflightConfig, preflight
     from ..tables import print_preflight
 
     out = args.out or Path("runs") / f"{recipe.name}-preflight"
     config = PreflightConfig(args.episodes, args.best_of, tuple(args.layouts), tuple(args.bounds))
     base = recipe.base.load()
-    total = args.episodes * (len(conditions(base, config)) + args.best_of - 1)
+    total = config.total_episodes(base)
     with (
         VectorTask(recipe.task, base.spec.executed_steps) as task,
         tqdm(total=total, unit="episode", disable=None) as bar,

@@ -61,8 +61,6 @@ class NoiseConfig:
         """This layout over a base's noise space; raises what `NoiseLayout` raises."""
         if self.layout == AUTO:
             raise bad("noise.layout", "a layout by name here", "auto", "`dsrl-vla preflight` recommends one.")
-                "noise.layout", "a layout by name here", "auto", "`dsrl-vla preflight` says which; train does so."
-            )
         return NoiseLayout(space, self.layout, self.bound, self.columns)
 
 

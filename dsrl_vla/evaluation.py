@@ -40,6 +40,13 @@ class Measure:
         """Share of successful episodes."""
         return float(np.mean([e.success for e in self.episodes]))
 
+    def by_task(self) -> dict[str, Measure]:
+        """One measure for each task played."""
+        found: dict[str, list[Episode]] = {}
+        for episode in self.episodes:
+            found.setdefault(episode.task, []).append(episode)
+        return {uri: Measure(tuple(episodes)) for uri, episodes in found.items()}
+
     def to_json(self) -> dict[str, Any]:
         """``{"success", "ci95", "mean_steps"}``."""
         low, high = wilson(sum(e.success for e in self.episodes), len(self.episodes))
@@ -72,7 +79,7 @@ def measure(
     trial: int = 0,
     on_episode: Callable[[Episode], None] = lambda _: None,
 ) -> Measure:
-    """Run one episode per seed."""
+    """Run one episode per seed and task."""
     return Measure(tuple(run_episodes(base, task, source, seeds, trial=trial, on_episode=on_episode)))
 
 
@@ -108,7 +115,8 @@ def evaluate(
 
     Returns:
         ``{"task", "episodes", "seeds", "base", "steered", "steered_stochastic", "controls", "difference"}``;
-        success in [0, 1], ``ci95`` as [low, high].
+        success in [0, 1], ``ci95`` as [low, high]. Of several tasks: all their episodes pooled, and each task on
+        its own under ``tasks``.
     """
     head.check_base(base.spec)
     seeds = seed_ranges.block(first_seed, episodes)
@@ -118,15 +126,35 @@ def evaluate(
     stochastic = measure(base, task, HeadNoise(head, deterministic=False), seeds, on_episode=on_episode)
     own = found.pop("base")
     return {
-        "task": task.info.uri,
+        "task": " + ".join(task.config.uris),
         "base_uri": base.spec.uri,
-        "episodes": episodes,
+        "episodes": episodes * len(task.config.uris),
         "seeds": [seeds[0], seeds[-1]],
         "base": own.to_json(),
         "steered": steered.to_json(),
         "steered_stochastic": stochastic.to_json(),
         "difference": paired_difference(own, steered),
         "controls": {name: m.to_json() for name, m in found.items()},
+        **_each_task(own, steered, found),
+    }
+
+
+def _each_task(own: Measure, steered: Measure, controls: Mapping[str, Measure]) -> dict[str, Any]:
+    """``{"tasks": {uri: {"base", "steered", "difference", "controls"}}}`` of several tasks; nothing of one."""
+    base, head = own.by_task(), steered.by_task()
+    if len(base) < 2:
+        return {}
+    others = {name: m.by_task() for name, m in controls.items()}
+    return {
+        "tasks": {
+            uri: {
+                "base": base[uri].to_json(),
+                "steered": head[uri].to_json(),
+                "difference": paired_difference(base[uri], head[uri]),
+                "controls": {name: m[uri].to_json() for name, m in others.items()},
+            }
+            for uri in base
+        }
     }
 
 

@@ -146,7 +146,7 @@ def evaluate_ticket(
     own = measure(base, task, PriorNoise(base.spec.noise), seeds, on_episode=on_episode)
     found = measure(base, task, ticket.source(layout), seeds, on_episode=on_episode)
     return {
-        "task": task.info.uri,
+        "task": " + ".join(task.config.uris),
         "base_uri": base.spec.uri,
         "layout": layout.name,
         "episodes": episodes,

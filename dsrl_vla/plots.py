@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 from pathlib import Path
 from typing import Any
@@ -63,10 +64,10 @@ def _bars(axis: Any, result: dict[str, Any]) -> None:
 
 
 def film(
-    base: FrozenPolicy, config: TaskConfig, source: NoiseSource, seed: int, size: int = 256
+    base: FrozenPolicy, uri: str, max_episode_steps: int, source: NoiseSource, seed: int, size: int = 256
 ) -> tuple[np.ndarray, bool]:
     """Play one episode and film it: uint8 (T, size, size, 3), and whether it succeeded."""
-    env = make_task(config.uri, max_episode_steps=config.max_episode_steps)
+    env = make_task(uri, max_episode_steps=max_episode_steps)
     streams = episode_generators([seed])
     observation, _ = env.reset(seed=seed)
     frames, steps, over, success = [env.frame(size)], 0, False, False
@@ -78,7 +79,7 @@ def film(
             _, success, terminated = env.advance(row)
             steps += 1
             frames.append(env.frame(size))
-            over = terminated or steps >= config.max_episode_steps
+            over = terminated or steps >= max_episode_steps
             if over:
                 break
         observation = env.observe()
@@ -87,14 +88,15 @@ def film(
 
 
 def write_video(path: Path, base: FrozenPolicy, head: SteeringHead, config: TaskConfig, seeds: list[int]) -> None:
-    """Write an MP4 of base (left) and steered (right) on the same episodes, one seed after the other."""
+    """Write an MP4 of base (left) and steered (right) on the same episodes, one after the other, every task."""
     try:
         import imageio.v3 as iio
     except ImportError as error:
         raise missing_extra("imageio", "demo", "writing videos") from error
     reel = []
-    for seed in seeds:
-        pair = [film(base, config, s, seed) for s in (PriorNoise(base.spec.noise), HeadNoise(head))]
+    for uri, seed in itertools.product(config.uris, seeds):
+        sources = (PriorNoise(base.spec.noise), HeadNoise(head))
+        pair = [film(base, uri, config.max_episode_steps, source, seed) for source in sources]
         length = max(len(frames) for frames, _ in pair) + 10
         sides = [_finish(f, won, length, name) for (f, won), name in zip(pair, ("base", "steered"), strict=True)]
         reel.append(np.concatenate(sides, 2))

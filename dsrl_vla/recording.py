@@ -21,8 +21,20 @@ def record(
     seeds: Sequence[int],
     on_episode: Callable[[OfflineEpisode], None] = lambda _: None,
 ) -> Iterator[OfflineEpisode]:
-    """Play one episode per seed and yield it, with an observation for every step."""
-    env = make_task(config.uri, max_episode_steps=config.max_episode_steps)
+    """Play one episode per seed and task and yield it, with an observation for every step."""
+    for uri in config.uris:
+        yield from _record_task(base, uri, config.max_episode_steps, source, seeds, on_episode)
+
+
+def _record_task(
+    base: FrozenPolicy,
+    uri: str,
+    max_episode_steps: int,
+    source: NoiseSource,
+    seeds: Sequence[int],
+    on_episode: Callable[[OfflineEpisode], None],
+) -> Iterator[OfflineEpisode]:
+    env = make_task(uri, max_episode_steps=max_episode_steps)
     base.check_task(env.info)
     for seed in seeds:
         streams = episode_generators([seed])

@@ -31,16 +31,23 @@ class TaskConfig:
     num_envs: int = 10
     vector: VectorMode = "sync"
     """sync: in this process; async: one process per environment."""
+    more: tuple[str, ...] = ()
+    """Further tasks, for one head that does them all: the environments take turns. The spaces have to agree."""
 
     def __post_init__(self) -> None:
-        if self.num_envs < 1:
-            raise bad("task.num_envs", "1 or more", self.num_envs)
+        if self.num_envs < len(self.uris):
+            raise bad("task.num_envs", f"{len(self.uris)} or more, one for every task", self.num_envs)
         if self.vector not in ("sync", "async"):
             raise bad("task.vector", "sync or async", f"'{self.vector}'")
 
+    @property
+    def uris(self) -> tuple[str, ...]:
+        """All tasks."""
+        return (self.uri, *self.more)
 
-def _make_chunked(config: TaskConfig, chunk: int) -> ChunkEnv:
-    return ChunkEnv(make_task(config.uri, max_episode_steps=config.max_episode_steps), chunk)
+
+def _make_chunked(uri: str, max_episode_steps: int, chunk: int) -> ChunkEnv:
+    return ChunkEnv(make_task(uri, max_episode_steps=max_episode_steps), chunk)
 
 
 @dataclass
@@ -61,14 +68,31 @@ class ChunkResult:
 
 
 class VectorTask:
-    """B copies of a task, reset one by one with the seeds they are given. Close it, or use it as a context."""
+    """B environments of one task or, in turn, of several; reset one by one with the seeds they are given.
+
+    Close it, or use it as a context.
+
+    Raises:
+        DsrlError: the tasks differ in their spaces.
+    """
 
     def __init__(self, config: TaskConfig, chunk: int):
-        make = [functools.partial(_make_chunked, config, chunk)] * config.num_envs
-        vector = SyncVectorEnv if config.vector == "sync" else functools.partial(AsyncVectorEnv, context="spawn")
-        self.envs: Any = vector(make, autoreset_mode=AutoresetMode.DISABLED)
-        self.info: TaskInfo = self.envs.get_attr("info")[0]
         self.config, self.chunk = config, chunk
+        self.uris = [config.uris[i % len(config.uris)] for i in range(config.num_envs)]
+        make = [functools.partial(_make_chunked, uri, config.max_episode_steps, chunk) for uri in self.uris]
+        vector = SyncVectorEnv if config.vector == "sync" else functools.partial(AsyncVectorEnv, context="spawn")
+        try:
+            self.envs: Any = vector(make, autoreset_mode=AutoresetMode.DISABLED)
+        except (AssertionError, RuntimeError) as error:
+            if not config.more:
+                raise
+            raise bad("task.more", "tasks with the same observation and action spaces", f"{error}"[:200]) from error
+        self.infos: list[TaskInfo] = list(self.envs.get_attr("info"))
+
+    @property
+    def info(self) -> TaskInfo:
+        """Of the first task; what the others share with it: widths and cameras."""
+        return self.infos[0]
 
     def reset(self, seeds: Sequence[int | None]) -> Observations:
         """Reset the environments whose seed is not None; return the observations of all."""
@@ -90,7 +114,7 @@ class VectorTask:
         )
 
     def _with_prompts(self, observations: dict[str, np.ndarray]) -> Observations:
-        return {**observations, PROMPT: [self.info.prompt] * self.config.num_envs}
+        return {**observations, PROMPT: [info.prompt for info in self.infos]}
 
     def close(self) -> None:
         """Close every environment."""
@@ -111,6 +135,8 @@ class Episode:
     success: bool
     steps: int
     reward: float
+    task: str = ""
+    """The task's URI."""
 
 
 def episode_generators(seeds: Sequence[int], trial: int = 0) -> list[torch.Generator]:
@@ -127,19 +153,21 @@ def run_episodes(
     trial: int = 0,
     on_episode: Callable[[Episode], None] = lambda _: None,
 ) -> list[Episode]:
-    """Run one episode per seed; return them in the order of `seeds`.
+    """Run one episode per seed and task; return them task by task, each in the order of `seeds`.
 
     The same seeds give the same environments and, from the same source, the same noise: runs are paired.
     """
     count, executed = task.config.num_envs, base.spec.executed_steps
-    queue = list(seeds)
-    now = [queue.pop(0) if queue else None for _ in range(count)]
+    queues = {uri: list(seeds) for uri in task.config.uris}
+    take = lambda i: queues[task.uris[i]].pop(0) if queues[task.uris[i]] else None
+    now = [take(i) for i in range(count)]
     filler = seeds[0]  # idle environments replay an episode nobody counts
     streams = episode_generators([filler if s is None else s for s in now], trial)
     observations = task.reset([filler if s is None else s for s in now])
     steps, rewards = np.zeros(count, dtype=int), np.zeros(count)
-    done: dict[int, Episode] = {}
-    while len(done) < len(seeds):
+    done: dict[tuple[str, int], Episode] = {}
+    total = len(seeds) * len(queues)
+    while len(done) < total:
         encoding = base.encode(observations)
         chunks = base.denoise(encoding, source(observations, encoding, streams))[:, 0, :executed]
         result = task.step(chunks.numpy())
@@ -150,14 +178,14 @@ def run_episodes(
             continue
         fresh: list[int | None] = [None] * count
         for i in np.flatnonzero(result.done):
-            seed = now[i]
+            seed, uri = now[i], task.uris[i]
             if seed is not None:
-                done[seed] = Episode(seed, bool(result.success[i]), int(steps[i]), float(rewards[i]))
-                on_episode(done[seed])
-            now[i] = queue.pop(0) if queue else None
+                done[uri, seed] = Episode(seed, bool(result.success[i]), int(steps[i]), float(rewards[i]), uri)
+                on_episode(done[uri, seed])
+            now[i] = take(i)
             fresh[i] = filler if now[i] is None else now[i]
             streams[i] = episode_generators([fresh[i]], trial)[0]  # type: ignore[list-item]
             steps[i], rewards[i] = 0, 0.0
-        if len(done) < len(seeds):
+        if len(done) < total:
             observations = task.reset(fresh)
-    return [done[seed] for seed in seeds]
+    return [done[uri, seed] for uri in queues for seed in seeds]

@@ -71,7 +71,8 @@ def preflight(
         NotSteerableError: the base fails the probe.
     """
     config = config or PreflightConfig()
-    base.check_task(task.info)
+    for info in task.infos:
+        base.check_task(info)
     observation = example(task)
     report = probe(base, observation)
     seeds = seed_ranges.block(seed_ranges.PREFLIGHT, config.episodes)
@@ -87,7 +88,7 @@ def preflight(
         headroom[name] = _headroom([found[name], *more])
     return {
         "base": base.spec.uri,
-        "task": task.info.uri,
+        "task": " + ".join(task.config.uris),
         "episodes": config.episodes,
         "seeds": [seeds[0], seeds[-1]],
         "conditions": {name: m.to_json() for name, m in found.items()},

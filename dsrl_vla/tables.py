@@ -44,4 +44,6 @@ def print_evaluation(result: dict[str, Any]) -> None:
     console = Console()
     console.print(_table(f"{result['task']}, {result['episodes']} held-out episodes", rows))
     gain = result["difference"]
+    for uri, each in result.get("tasks", {}).items():
+        console.print(_table(uri, [_row("base", each["base"]), _row("steered", each["steered"])]))
     console.print(f"steered less base, paired: {gain['mean']:+.2f} {gain['ci95']}")

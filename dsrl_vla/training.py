@@ -67,7 +67,8 @@ def train(
     with contextlib.ExitStack() as stack:
         task = stack.enter_context(VectorTask(recipe.task, base.spec.executed_steps))
         held_out = stack.enter_context(VectorTask(recipe.task, base.spec.executed_steps))
-        base.check_task(task.info)
+        for info in task.infos:
+            base.check_task(info)
         probe(base, example(task))
         recipe = resolve_layout(recipe, base, task, out)
         trainer = Trainer(recipe, base, task, held_out, out)

@@ -19,7 +19,7 @@ from .adapters.transformers_pi0 import TransformersPi0
 from .errors import bad
 from .evaluation import measure
 from .nano.clone import CloneConfig, clone
-from .nano.demos import DemoConfig, collect
+from .nano.demos import DemoConfig, Demos, collect
 from .nano.model import NanoConfig
 from .observation import IMAGE_PREFIX, PROMPT, Observations
 from .policy import Encoding, FrozenPolicy
@@ -83,14 +83,14 @@ def pretrain(recipe: PretrainRecipe, out: Path) -> FrozenPolicy:
         statistics.save(out)
         write_text(out / "pretrain.yaml", yaml.safe_dump(json.loads(json.dumps(asdict(recipe))), sort_keys=False))
     base = TransformersPi0(model, Pi0Processing(statistics, tokenizer, recipe.model.max_state_dim), uri=f"nano:{out}")
-    write_results(out, recipe, base, demos.expert_success)
+    write_results(out, recipe, base, demos)
     return base
 
 
-def write_results(out: Path, recipe: PretrainRecipe, base: FrozenPolicy, expert: dict[str, float]) -> dict[str, Any]:
+def write_results(out: Path, recipe: PretrainRecipe, base: FrozenPolicy, demos: Demos) -> dict[str, Any]:
     """Measure a base; write ``eval.json`` and the model card."""
-    results = measure_nano(base, recipe)
-    results["demonstrations_success"] = expert
+    results = measure_nano(base, recipe, demos.prompts)
+    results["demonstrations_success"] = demos.expert_success
     write_json(out / "eval.json", results)
     write_text(out / "README.md", model_card(recipe, results))
     return results
@@ -118,25 +118,23 @@ class Swapped(FrozenPolicy):
         return self.base.state_dict()
 
 
-def measure_nano(base: FrozenPolicy, recipe: PretrainRecipe) -> dict[str, Any]:
+def measure_nano(base: FrozenPolicy, recipe: PretrainRecipe, prompts: tuple[str, ...]) -> dict[str, Any]:
     """Success per task: as it is, with the next task's prompt, and with another episode's image."""
-    from .tasks.metaworld import prompts
-
     tasks = recipe.demos.tasks
     seeds = seed_ranges.block(seed_ranges.EVALUATION, recipe.episodes)
     source = PriorNoise(base.spec.noise)
     results: dict[str, Any] = {"episodes": recipe.episodes, "seeds": [seeds[0], seeds[-1]], "tasks": {}}
     with tqdm(total=3 * len(tasks) * recipe.episodes, desc="measuring", unit="episode", disable=None) as bar:
-        for index, name in enumerate(tasks):
-            other = prompts()[tasks[(index + 1) % len(tasks)]]
+        for index, uri in enumerate(tasks):
+            other = prompts[(index + 1) % len(tasks)]
             variants: dict[str, FrozenPolicy] = {"base": base, "another_prompt": Swapped(base, prompt=other)}
             variants["another_image"] = Swapped(base, shuffle_images=True)
-            config = TaskConfig(f"metaworld:{name}", recipe.demos.max_episode_steps)
+            config = TaskConfig(uri, recipe.demos.max_episode_steps)
             with VectorTask(config, base.spec.executed_steps) as task:
                 found = {
                     k: measure(p, task, source, seeds, on_episode=lambda _: bar.update()) for k, p in variants.items()
                 }
-            results["tasks"][name] = {k: m.to_json() for k, m in found.items()} | {"other_prompt": other}
+            results["tasks"][uri] = {k: m.to_json() for k, m in found.items()} | {"other_prompt": other}
     return results
 
 

@@ -1,3 +1,4 @@
+import subprocess
 import sys
 
 import numpy as np
@@ -71,6 +72,15 @@ def test_a_missing_simulator_names_the_command(monkeypatch):
     monkeypatch.setitem(sys.modules, "metaworld.env_dict", None)
     with pytest.raises(MissingExtraError, match=r"pip install 'dsrl-vla\[metaworld\]'"):
         make_task("metaworld:push-v3")
+
+
+def test_a_simulator_may_be_started_before_the_base_is_loaded():
+    """Triton after Mesa's LLVM is a segmentation fault, with torch's default build for Linux."""
+    code = (
+        "from dsrl_vla import load_base, make_task; make_task('metaworld:push-v3').reset(seed=0); load_base('nano:')"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, run.stderr
 
 
 def test_the_embedded_base_runs_on_it(nano):

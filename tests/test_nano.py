@@ -10,7 +10,7 @@ from dsrl_vla.nano.demos import DemoConfig, collect
 from dsrl_vla.nano.model import NanoConfig, build_tokenizer
 
 TINY = NanoConfig(vision_width=32, vision_layers=1, vlm_width=32, expert_width=32, layers=2, heads=2, head_dim=16)
-DEMOS = DemoConfig(tasks=("drawer-open-v3", "push-v3"), episodes=2, max_episode_steps=30)
+DEMOS = DemoConfig(tasks=("metaworld:drawer-open-v3", "metaworld:push-v3"), episodes=2, max_episode_steps=30)
 
 
 @pytest.fixture(scope="module")
@@ -27,8 +27,8 @@ def test_demonstrations_are_a_function_of_their_seeds(demos):
 
 
 def test_half_calibrated_operators_see_the_object_elsewhere():
-    right = collect(DemoConfig(tasks=("push-v3",), episodes=2, max_episode_steps=20, offset_share=0.0))
-    wrong = collect(DemoConfig(tasks=("push-v3",), episodes=2, max_episode_steps=20, offset_share=1.0))
+    right = collect(DemoConfig(tasks=("metaworld:push-v3",), episodes=2, max_episode_steps=20, offset_share=0.0))
+    wrong = collect(DemoConfig(tasks=("metaworld:push-v3",), episodes=2, max_episode_steps=20, offset_share=1.0))
     assert np.array_equal(right.images[0], wrong.images[0])
     assert not np.array_equal(right.actions, wrong.actions)
 
@@ -55,7 +55,7 @@ def test_the_tokenizer_tells_the_tasks_apart():
 
 def test_pretrain_leaves_a_base_that_loads(tmp_path):
     recipe = {
-        "name": "tiny", "demos": {"tasks": ["drawer-open-v3"], "episodes": 2, "max_episode_steps": 24},
+        "name": "tiny", "demos": {"tasks": ["metaworld:drawer-open-v3"], "episodes": 2, "max_episode_steps": 24},
         "clone": {"steps": 5, "batch": 8, "draws": 2}, "episodes": 2,
         "model": {"vision_width": 32, "vision_layers": 1, "vlm_width": 32, "expert_width": 32, "layers": 2},
     }  # fmt: skip
@@ -74,7 +74,7 @@ def test_bad_demonstrations_are_refused():
     with pytest.raises(DsrlError, match="demos.tasks: expected at least one"):
         collect(DemoConfig(tasks=()))
     with pytest.raises(UnknownNameError, match="Did you mean 'push-v3'"):
-        collect(DemoConfig(tasks=("psh-v3",), episodes=1))
+        collect(DemoConfig(tasks=("metaworld:psh-v3",), episodes=1))
 
 
 def test_a_folder_without_a_base_is_refused(tmp_path):

@@ -12,7 +12,7 @@ import torch
 from ..adapters.pi0_processing import Pi0Processing, Pi0Statistics
 from ..adapters.pi0_sampling import flow_loss
 from ..observation import IMAGE_PREFIX, PROMPT, STATE
-from ..tasks.metaworld import CAMERA, prompts
+from ..tasks.metaworld import prompts
 from .demos import Demos
 from .model import NanoConfig, build_model, build_tokenizer
 
@@ -46,7 +46,7 @@ def statistics(demos: Demos, config: NanoConfig) -> Pi0Statistics:
     state_mean, state_std = moments(demos.states)
     actions_mean, actions_std = moments(demos.actions)
     return Pi0Statistics(
-        cameras=(CAMERA,),
+        cameras=(demos.camera,),
         image_size=config.image_size,
         image_seq_length=config.image_tokens,
         state_mean=state_mean,
@@ -70,10 +70,10 @@ class _Sampler:
         actions, task = d.actions[ahead], d.task[rows].copy()
         wait = (rng.random(size) < self.wait_share) & (len(d.prompts) > 1)
         task[wait] = (task[wait] + rng.integers(1, max(2, len(d.prompts)), wait.sum())) % len(d.prompts)
-        actions[wait, :, :3] = 0.0
-        actions[wait, :, 3] = actions[wait, :1, 3]
+        actions[wait, :, :-1] = 0.0
+        actions[wait, :, -1] = actions[wait, :1, -1]  # the gripper, which holds what it holds
         observations = {
-            IMAGE_PREFIX + CAMERA: d.images[rows],
+            IMAGE_PREFIX + d.camera: d.images[rows],
             STATE: d.states[rows],
             PROMPT: [d.prompts[i] for i in task],
         }
@@ -89,7 +89,7 @@ def clone(
     """Clone a nano base; return (model, tokenizer, statistics). Deterministic on one thread."""
     torch.manual_seed(config.seed)
     stats = statistics(demos, sizes)
-    tokenizer = build_tokenizer(prompts().values())
+    tokenizer = build_tokenizer([*prompts().values(), *demos.prompts])
     model = build_model(sizes, len(tokenizer), tokenizer.convert_tokens_to_ids("<image>")).train()
     processing = Pi0Processing(stats, tokenizer, sizes.max_state_dim)
     sight = torch.nn.Linear(sizes.vlm_width, demos.objects.shape[1])

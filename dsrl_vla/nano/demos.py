@@ -1,4 +1,4 @@
-"""Imperfect demonstrations from MetaWorld's own scripted experts: the mis-calibrated operator.
+"""Imperfect demonstrations from the simulators' own scripted experts: the mis-calibrated operator.
 
 In a share of the episodes the operator's calibration is off: the expert sees the object a few centimetres
 to the side of where it is, and mostly fails. Failures are kept. Cloning such a mix gives a policy with two
@@ -10,13 +10,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
 from ..errors import bad
-from ..tasks.base import IMAGE_PREFIX, STATE
-from ..tasks.metaworld import CAMERA, MetaWorldTask, make, prompts
+from ..tasks import make_task
+from ..tasks.base import IMAGE_PREFIX, STATE, Demonstrable
 
 
 @dataclass(frozen=True)
@@ -24,13 +23,13 @@ class DemoConfig:
     """How demonstrations are made."""
 
     tasks: tuple[str, ...] = (
-        "drawer-open-v3",
-        "pick-place-v3",
-        "sweep-into-v3",
-        "push-v3",
-        "peg-insert-side-v3",
+        "metaworld:drawer-open-v3",
+        "metaworld:pick-place-v3",
+        "metaworld:sweep-into-v3",
+        "metaworld:push-v3",
+        "metaworld:peg-insert-side-v3",
     )
-    """MetaWorld task names."""
+    """Task URIs; tasks with an expert, of one family, with one camera."""
     episodes: int = 40
     """Episodes per task."""
     offset: float = 0.045
@@ -55,6 +54,7 @@ class Demos:
     objects: np.ndarray  # float32 (N, 6): first object's and goal's xyz, what an image should tell
     task: np.ndarray  # int64 (N,)
     last: np.ndarray  # int64 (N,): index of the episode's last frame
+    camera: str
     prompts: tuple[str, ...]
     expert_success: dict[str, float]
 
@@ -62,26 +62,18 @@ class Demos:
         return len(self.states)
 
 
-def _expert(name: str) -> Any:
-    from metaworld.policies import ENV_POLICY_MAP
-
-    expert: Any = ENV_POLICY_MAP[name]
-    return expert()
-
-
-def _episode(env: MetaWorldTask, expert, seed: int, config: DemoConfig) -> tuple[list[tuple], bool]:
+def _episode(env: Demonstrable, seed: int, config: DemoConfig) -> tuple[list[tuple], bool]:
     rng = np.random.default_rng(seed)
     shift = config.offset if rng.random() < config.offset_share else 0.0
     env.begin(seed)
+    expert, camera = env.expert(), IMAGE_PREFIX + next(iter(env.info.cameras))
     frames, success, after = [], False, 8
     for _ in range(config.max_episode_steps):
-        seen = env.raw.copy()
-        seen[4] += shift
-        action = np.clip(expert.get_action(seen), -1, 1).astype(np.float32)
-        action = np.clip(action + config.action_noise * rng.standard_normal(4), -1, 1).astype(np.float32)
+        action = np.clip(expert(shift), -1, 1).astype(np.float32)
+        shake = config.action_noise * rng.standard_normal(len(action))
+        action = np.clip(action + shake, -1, 1).astype(np.float32)
         observation = env.observe()
-        objects = np.concatenate([env.raw[4:7], env.raw[36:39]]).astype(np.float32)
-        frames.append((observation[IMAGE_PREFIX + CAMERA], observation[STATE], action, objects))
+        frames.append((observation[camera], observation[STATE], action, env.whereabouts()))
         success |= env.advance(action)[1]
         after -= success
         if not after:
@@ -93,25 +85,32 @@ def collect(config: DemoConfig, on_episode: Callable[[str, int], None] = lambda 
     """Collect `config.episodes` demonstrations of every task.
 
     Raises:
-        DsrlError: an empty task list. UnknownNameError: a task MetaWorld does not have.
+        DsrlError: an empty task list, or a task without an expert. UnknownNameError: no such task.
     """
     if not config.tasks:
-        raise bad("demos.tasks", "at least one MetaWorld task", "none")
+        raise bad("demos.tasks", "at least one task", "none")
     columns: list[tuple] = []
     task_index: list[int] = []
     last: list[int] = []
     success: dict[str, float] = {}
-    for index, name in enumerate(config.tasks):
-        env, expert, wins = make(name, max_episode_steps=500), _expert(name), 0
+    prompts, cameras = [], set()
+    for index, uri in enumerate(config.tasks):
+        env, wins = make_task(uri, max_episode_steps=500), 0
+        if not isinstance(env, Demonstrable) or len(env.info.cameras) != 1:
+            raise bad(f"demos.tasks[{index}]", "a task with an expert and one camera", f"'{uri}'")
         for episode in range(config.episodes):
-            frames, won = _episode(env, expert, config.seed + episode, config)
+            frames, won = _episode(env, config.seed + episode, config)
             wins += won
             columns += frames
             task_index += [index] * len(frames)
             last += [len(columns) - 1] * len(frames)
-            on_episode(name, episode)
-        success[name] = wins / config.episodes
+            on_episode(uri, episode)
+        success[uri] = wins / config.episodes
+        prompts.append(env.info.prompt)
+        cameras |= set(env.info.cameras)
         env.close()
+    if len(cameras) > 1:
+        raise bad("demos.tasks", "tasks seen by the same camera", ", ".join(sorted(cameras)))
     images, states, actions, objects = (np.stack(column) for column in zip(*columns, strict=True))
     return Demos(
         images=images,
@@ -120,6 +119,7 @@ def collect(config: DemoConfig, on_episode: Callable[[str, int], None] = lambda 
         objects=objects,
         task=np.asarray(task_index),
         last=np.asarray(last),
-        prompts=tuple(prompts()[name] for name in config.tasks),
+        camera=cameras.pop(),
+        prompts=tuple(prompts),
         expert_success=success,
     )

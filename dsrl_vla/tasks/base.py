@@ -7,7 +7,7 @@ actions needs one image per chunk, and rendering is most of the cost of a simula
 from __future__ import annotations
 
 import abc
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -77,6 +77,22 @@ class TaskEnv(gym.Env, abc.ABC):
         self._steps += 1
         truncated = not terminated and self._steps >= self.info.max_episode_steps
         return self.observe(), reward, terminated, truncated, {"success": success}
+
+
+Expert = Callable[[float], np.ndarray]
+"""A scripted expert: acts (A,) on the present state, seeing the object so many metres to the side along x."""
+
+
+class Demonstrable(TaskEnv):
+    """A task that comes with an expert, so that a base can be cloned on it."""
+
+    @abc.abstractmethod
+    def expert(self) -> Expert:
+        """A fresh expert for the episode that has just begun."""
+
+    @abc.abstractmethod
+    def whereabouts(self) -> np.ndarray:
+        """float32 (6,): xyz of the first object and of the goal, in metres; what an image should tell."""
 
 
 class ChunkEnv(gym.Env):

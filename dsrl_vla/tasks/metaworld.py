@@ -9,17 +9,15 @@ Reward: -1 per step, 0 on the step that succeeds, which ends the episode.
 
 from __future__ import annotations
 
-import atexit
-import os
-import sys
-import weakref
 from functools import cache
 from importlib import resources
+from typing import Any
 
 import numpy as np
 
 from ..errors import bad, missing_extra, unknown
-from .base import IMAGE_PREFIX, STATE, TaskEnv, TaskInfo
+from .base import IMAGE_PREFIX, STATE, Demonstrable, Expert, TaskInfo
+from .rendering import FastRenderer, choose_backend
 
 CAMERA = "behindGripper"
 IMAGE_SIZE = 64
@@ -36,8 +34,7 @@ def prompts() -> dict[str, str]:
 
 
 def _import_metaworld():
-    if sys.platform.startswith("linux") and not os.environ.get("DISPLAY"):
-        os.environ.setdefault("MUJOCO_GL", "egl")
+    choose_backend()
     try:
         import metaworld.env_dict as env_dict
         import mujoco
@@ -60,21 +57,20 @@ def make(name: str, *, max_episode_steps: int = 120, uri: str = "") -> MetaWorld
     return MetaWorldTask(name, max_episode_steps, uri or f"metaworld:{name}")
 
 
-class MetaWorldTask(TaskEnv):
+class MetaWorldTask(Demonstrable):
     """One MetaWorld task with a goal drawn anew from each episode's seed."""
 
     def __init__(self, name: str, max_episode_steps: int, uri: str):
         if not 1 <= max_episode_steps <= 500:
             raise bad("task.max_episode_steps", "1 to 500 steps", max_episode_steps)
-        env_dict, self._mujoco = _import_metaworld()
+        env_dict, mujoco = _import_metaworld()
+        self.name = name
         self.sim = env_dict.ALL_V3_ENVIRONMENTS_GOAL_OBSERVABLE[f"{name}-goal-observable"](seed=0)
         self.sim._freeze_rand_vec = False  # a new goal on every reset …
         self.sim.seeded_rand_vec = True  # … drawn from the seed
         model = self.sim.model
-        model.vis.quality.offsamples = 0  # 15 times faster than the default in software rendering
-        model.vis.quality.shadowsize = 0
-        self._loose = bool((model.jnt_type == self._mujoco.mjtJoint.mjJNT_FREE).any())
-        self._renderers: dict[int, object] = {}
+        self._render = FastRenderer(mujoco, model)
+        self._loose = bool((model.jnt_type == mujoco.mjtJoint.mjJNT_FREE).any())
         self.raw = np.zeros(39)
         self.info = TaskInfo(
             uri=uri,
@@ -99,34 +95,26 @@ class MetaWorldTask(TaskEnv):
         state = np.concatenate([self.raw[:18], self.raw[36:39]]).astype(np.float32)
         if not self._loose:
             state[_TRACKED] = 0.0
-        return {IMAGE_PREFIX + CAMERA: self._render(IMAGE_SIZE, CAMERA), STATE: state}
+        return {IMAGE_PREFIX + CAMERA: self._render(self.sim.data, CAMERA, IMAGE_SIZE), STATE: state}
 
     def frame(self, size: int = 256) -> np.ndarray:
-        return self._render(size, "corner3")
+        return self._render(self.sim.data, "corner3", size)
 
-    def _render(self, size: int, camera: str) -> np.ndarray:
-        flags = self._mujoco.mjtRndFlag
-        if size not in self._renderers:
-            try:
-                self._renderers[size] = self._mujoco.Renderer(self.sim.model, size, size)
-            except Exception as error:
-                raise bad(
-                    "MUJOCO_GL",
-                    "a working off-screen renderer",
-                    f"'{os.environ.get('MUJOCO_GL', '')}' ({error})",
-                    "On Debian: apt-get install libegl1 libgl1 libosmesa6, then set MUJOCO_GL to egl or osmesa.",
-                ) from error
-            if len(self._renderers) == 1:
-                # A GL context has to go before mujoco ends its display, in an exit handler it has just registered.
-                closing = weakref.WeakMethod(self.close)
-                atexit.register(lambda: (close := closing()) and close())
-        renderer = self._renderers[size]
-        renderer.update_scene(self.sim.data, camera=camera)  # type: ignore[attr-defined]
-        scene = renderer.scene  # type: ignore[attr-defined]
-        scene.flags[flags.mjRND_SHADOW] = scene.flags[flags.mjRND_REFLECTION] = 0
-        return renderer.render()  # type: ignore[attr-defined]
+    def expert(self) -> Expert:
+        from metaworld.policies import ENV_POLICY_MAP
+
+        policy: Any = ENV_POLICY_MAP[self.name]
+        policy = policy()
+
+        def act(shift: float) -> np.ndarray:
+            seen = self.raw.copy()
+            seen[4] += shift
+            return policy.get_action(seen)
+
+        return act
+
+    def whereabouts(self) -> np.ndarray:
+        return np.concatenate([self.raw[4:7], self.raw[36:39]]).astype(np.float32)
 
     def close(self) -> None:
-        for renderer in self._renderers.values():
-            renderer.close()  # type: ignore[attr-defined]
-        self._renderers.clear()
+        self._render.close()

@@ -42,13 +42,13 @@ class NAConfig:
 
 
 class ActionCritic(CriticEnsemble):
-    """Q^A_i(observation, chunk): the critic's network, reading executed steps in place of noise vectors."""
+    """Q^A_i(observation, chunk): the critic's network, reading the chunk, as one token, in place of noise vectors."""
 
     action_mean: torch.Tensor
     action_std: torch.Tensor
 
     def __init__(self, config: CriticConfig, head: HeadConfig, shape: tuple[int, int]):
-        super().__init__(config, head, shape)
+        super().__init__(config, head, (1, shape[0] * shape[1]))
         self.register_buffer("action_mean", torch.zeros(shape[1]))
         self.register_buffer("action_std", torch.ones(shape[1]))
 
@@ -61,7 +61,8 @@ class ActionCritic(CriticEnsemble):
 
     def forward(self, inputs: HeadInputs, action: torch.Tensor) -> torch.Tensor:
         """inputs (B, …), action (B, k, A) in environment units -> (E, B)."""
-        return super().forward(inputs, (action - self.action_mean) / self.action_std)
+        scaled = (action - self.action_mean) / self.action_std
+        return super().forward(inputs, scaled.flatten(1).unsqueeze(1))
 
 
 def action_critic_loss(

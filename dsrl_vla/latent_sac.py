@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -177,6 +178,10 @@ class LatentSAC:
         # Young averages forget faster, so that the initial weights do not linger.
         follow(self.average, self.head, max(1 - self.config.actor_average, 1 / (1 + self.updates)))
         return info
+
+    def save(self, folder: Path) -> None:
+        """Write the head to use."""
+        self.average.save_pretrained(folder)
 
     def _step(self, name: str, loss: torch.Tensor, parameters: list[torch.Tensor]) -> None:
         optimizer = self.optimizers[name]

@@ -13,8 +13,10 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from .critic import CriticConfig, CriticEnsemble
@@ -25,6 +27,7 @@ from .noise_bank import ACTION, BANK_ACTION, BANK_LATENT, PREFIX, BankConfig, Ba
 from .policy import FrozenPolicy
 from .replay import Batch, Extras, Held
 
+ACTION_CRITIC = "action_critic.safetensors"
 Pairs = tuple[HeadInputs, torch.Tensor, torch.Tensor]
 
 
@@ -119,6 +122,17 @@ class NoiseAliasing(LatentSAC):
     def keeper(self) -> Keeper:
         """What has to be kept of a decision."""
         return BankKeeper(self.na.bank)
+
+    def save(self, folder: Path) -> None:
+        """Write the head and Q^A (``action_critic.safetensors``)."""
+        super().save(folder)
+        save_file({k: v.contiguous() for k, v in self.action_critic.state_dict().items()}, folder / ACTION_CRITIC)
+
+    def load_action_critic(self, folder: Path) -> ActionCritic:
+        """The Q^A that `save` wrote, beside the present one."""
+        critic = copy.deepcopy(self.action_critic)
+        critic.load_state_dict(load_file(folder / ACTION_CRITIC))
+        return critic
 
     def _update_critics(self, batch: Batch, alpha: torch.Tensor) -> Info:
         with torch.no_grad():

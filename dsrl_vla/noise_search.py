@@ -1,7 +1,7 @@
-"""Noise search without learning: the best constant noise, a "golden ticket" (arXiv 2603.15757).
+"""Noise search without an actor: baselines that a head has to beat.
 
-The simplest steering there is: one latent for every decision of every episode, found by trying some. Whatever
-a head gains has to be more than this.
+A "golden ticket" (arXiv 2603.15757) is the best constant noise: one latent for every decision of every episode,
+found by trying some. Best-of-K draws K noises at every decision and takes the one whose action a critic likes most.
 """
 
 from __future__ import annotations
@@ -18,10 +18,12 @@ import torch
 from . import seeds as seed_ranges
 from .errors import bad
 from .evaluation import measure, paired_difference
+from .head import SteeringHead
 from .noise import NoiseLayout, generators
+from .noise_aliasing import ActionCritic
 from .policy import FrozenPolicy
 from .rollout import Episode, VectorTask
-from .sources import ConstantNoise, PriorNoise
+from .sources import ConstantNoise, NoiseSource, PriorNoise
 
 
 @dataclass(frozen=True)
@@ -92,6 +94,25 @@ class Ticket:
         raw: dict[str, Any] = json.loads(path.read_text())
         latent = tuple(tuple(row) for row in raw.pop("latent"))
         return cls(latent=latent, rounds=tuple(raw.pop("rounds")), **raw)
+
+
+@dataclass(frozen=True)
+class BestOfK(NoiseSource):
+    """At every decision, K draws from the layout behind one prefix; the one with the greatest Q^A is executed."""
+
+    base: FrozenPolicy
+    head: SteeringHead
+    critic: ActionCritic
+    k: int = 8
+
+    @torch.no_grad()
+    def __call__(self, observations, encoding, generators):
+        noise = self.head.layout.expand(self.head.layout.sample(generators, self.k))
+        chunks = self.base.denoise(encoding, noise)[:, :, : self.base.spec.executed_steps]
+        rows, count = chunks.shape[:2]
+        inputs = {k: v.repeat_interleave(count, 0) for k, v in self.head.read(observations, encoding).items()}
+        value = self.critic.value(inputs, chunks.flatten(0, 1)).view(rows, count)
+        return noise[torch.arange(rows), value.argmax(1)].unsqueeze(1)
 
 
 def search_ticket(

@@ -118,6 +118,8 @@ class EvalConfig:
     episodes: int = 100
     controls: bool = True
     """Also measure zero, clipped and random-in-layout noise on the same seeds."""
+    baselines: tuple[Literal["ticket", "best-of-k"], ...] = ()
+    """Noise search to compare with: the best constant noise, and (na, na-exact) the best of 8 draws by Q^A."""
     video_episodes: int = 2
 
     def __post_init__(self) -> None:
@@ -145,6 +147,8 @@ class Recipe:
     eval: EvalConfig = field(default_factory=EvalConfig)
 
     def __post_init__(self) -> None:
+        if "best-of-k" in self.eval.baselines and self.algorithm == "sac":
+            raise bad("eval.baselines best-of-k", "algorithm na or na-exact, which have a Q^A", "sac")
         if self.train.env_steps == 0 and not (self.offline.source and self.offline.updates):
             raise bad("train.env_steps", "1 or more, or offline.source and offline.updates", 0)
 

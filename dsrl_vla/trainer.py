@@ -18,6 +18,8 @@ from .collect import Collector
 from .evaluation import Measure, evaluate, measure
 from .head import HeadConfig, SteeringHead
 from .learners import build_learner
+from .noise_aliasing import NoiseAliasing
+from .noise_search import BestOfK, search_ticket
 from .offline import MixedReplay, OfflineLoader
 from .offline_sources import read_episodes
 from .policy import FrozenPolicy
@@ -176,7 +178,7 @@ class Trainer:
         if (found.success, -steps) > self.best:
             self.best = (found.success, -steps)
             with disk_errors(self.out):
-                self.learner.average.save_pretrained(self.out / "best")
+                self.learner.save(self.out / "best")
         return {"validation_success": found.success, "validation_steps": steps}
 
     def best_head(self) -> SteeringHead:
@@ -193,6 +195,7 @@ class Trainer:
             result = evaluate(
                 self.base, head, self.held_out, config.episodes, config.controls, on_episode=tick, known=known
             )
+        result |= self.baselines(head)
         result |= {
             "recipe": self.recipe.name,
             "train_seed": self.recipe.train.seed,
@@ -206,6 +209,22 @@ class Trainer:
         }
         write_json(self.out / "eval.json", result)
         return result
+
+    def baselines(self, head: SteeringHead) -> dict[str, Any]:
+        """``{"baselines": {name: measure}}`` of the noise searches that the recipe asks for."""
+        found: dict[str, Any] = {}
+        config = self.recipe.eval
+        seeds = seed_ranges.block(seed_ranges.EVALUATION, config.episodes)
+        if "ticket" in config.baselines:
+            ticket = search_ticket(self.base, self.held_out, head.layout)
+            ticket.save(self.out / "ticket.json")
+            measured = measure(self.base, self.held_out, ticket.source(head.layout), seeds).to_json()
+            found["ticket"] = measured | {"search_env_steps": ticket.env_steps}
+        if "best-of-k" in config.baselines and isinstance(self.learner, NoiseAliasing):
+            critic = self.learner.load_action_critic(self.out / "best")
+            source = BestOfK(self.base, head, critic)
+            found["best-of-k"] = measure(self.base, self.held_out, source, seeds).to_json() | {"k": source.k}
+        return {"baselines": found} if found else {}
 
     def checkpoint(self) -> None:
         """Write all that is needed to go on."""

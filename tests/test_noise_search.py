@@ -4,8 +4,11 @@ import pytest
 import torch
 from dsrl_vla.cli import main
 from dsrl_vla.errors import DsrlError
+from dsrl_vla.head import HeadConfig, SteeringHead
+from dsrl_vla.networks import NetworkConfig
 from dsrl_vla.noise import NoiseLayout
-from dsrl_vla.noise_search import SearchConfig, Ticket, evaluate_ticket, search_ticket
+from dsrl_vla.noise_search import BestOfK, SearchConfig, Ticket, evaluate_ticket, search_ticket
+from dsrl_vla.observation import batch
 from dsrl_vla.rollout import TaskConfig, VectorTask
 
 
@@ -44,6 +47,41 @@ def test_a_ticket_is_saved_whole_and_refused_by_another_layout(tmp_path, fork_ba
     assert torch.equal(noise[2, 0, 0], torch.tensor([0.75, -0.375]))
     with pytest.raises(DsrlError, match="ticket: expected a latent of shape"):
         ticket.source(NoiseLayout(fork_base.spec.noise, "chunk"))
+
+
+class Likes(torch.nn.Module):
+    """A critic that likes chunks that go left."""
+
+    def value(self, inputs, action):
+        assert len(inputs["state"]) == len(action)
+        return -action[:, :, 0].sum(1)
+
+
+def test_best_of_k_takes_the_draw_whose_action_the_critic_likes_most(fork_base, layout, observation):
+    head = SteeringHead(HeadConfig.for_base(fork_base.spec, layout, NetworkConfig(width=16, layers=1)))
+    observations = batch([observation(fork_base, i) for i in range(3)])
+    encoding = fork_base.encode(observations)
+    streams = lambda: [torch.Generator().manual_seed(i) for i in range(3)]
+    chosen = BestOfK(fork_base, head, Likes(), 16)(observations, encoding, streams())
+    drawn = layout.expand(layout.sample(streams(), 16))
+    left = fork_base.denoise(encoding, drawn)[:, :, : fork_base.spec.executed_steps, 0].sum(2)
+    assert chosen.shape == (3, 1, *fork_base.spec.noise.shape)
+    for row in range(3):
+        assert torch.equal(chosen[row, 0], drawn[row, left[row].argmin()])
+
+
+def test_a_run_reports_the_baselines_it_is_asked_for(fork_recipe, tmp_path, capsys):
+    out, options = (
+        tmp_path / "run",
+        ["--train.env_steps", "600", "--eval.episodes", "5", "--train.validate_every", "300"],
+    )
+    both = ["--eval.baselines", "[ticket, best-of-k]"]
+    assert main(["train", str(fork_recipe), "--algorithm", "na", "--out", str(out), *options, *both]) == 0
+    found = json.loads((out / "eval.json").read_text())["baselines"]
+    assert found["ticket"]["search_env_steps"] > 0 and found["best-of-k"]["k"] == 8
+    assert (out / "ticket.json").exists() and (out / "best" / "action_critic.safetensors").exists()
+    assert main(["train", str(fork_recipe), "--out", str(tmp_path / "no"), *both]) == 2
+    assert "eval.baselines best-of-k: expected algorithm na or na-exact" in capsys.readouterr().err
 
 
 def test_bad_settings_are_named():

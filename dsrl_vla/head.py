@@ -143,12 +143,19 @@ class Eyes(nn.Module):
 class SteeringHead(nn.Module):
     """The actor. Owns its normaliser; holds no reference to a base."""
 
+    start: torch.Tensor
+
     def __init__(self, config: HeadConfig):
         super().__init__()
         self.config, self.layout = config, config.layout
         vectors, dim = self.layout.latent_shape
         self.eyes = Eyes(config)
         self.network = build(config.network, 1, self.eyes.sizes, (0, 0), vectors, 2 * dim)
+        self.register_buffer("start", torch.zeros(vectors, dim))
+
+    def start_at(self, latent: torch.Tensor) -> None:
+        """Let the untrained head choose about `latent` (n, d) in [-1, 1] wherever it looks: a warm start."""
+        self.start.copy_(latent.clamp(-0.9, 0.9).atanh())
 
     def read(self, observations: Observations, encoding: Encoding) -> HeadInputs:
         """Take from a checked batch what the head looks at; float32 and uint8 tensors, batched."""
@@ -164,7 +171,7 @@ class SteeringHead(nn.Module):
         """Mean and log deviation of the Gaussian before the tanh, each (B, n, d)."""
         out = self.network([x.unsqueeze(0) for x in self.eyes(inputs)], None)[0]
         mean, log_std = out.chunk(2, -1)
-        return mean, log_std.clamp(*_LOG_STD)
+        return mean + self.start, log_std.clamp(*_LOG_STD)
 
     def sample(
         self, inputs: HeadInputs, generator: torch.Generator | None = None

@@ -82,6 +82,8 @@ class TrainConfig:
     """Environment steps of collection; validation episodes are counted apart. 0: offline data alone."""
     learning_starts: int = 300
     """Decisions of base noise before the first update."""
+    warm_start: Literal["none", "ticket"] = "none"
+    """ticket: search the best constant noise first (its steps count), and let the head start there."""
     gradient_steps: float = 3.0
     """Updates per decision."""
     replay_capacity: int = 50_000

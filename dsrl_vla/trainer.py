@@ -19,7 +19,7 @@ from .evaluation import Measure, evaluate, measure
 from .head import HeadConfig, SteeringHead
 from .learners import build_learner
 from .noise_aliasing import NoiseAliasing
-from .noise_search import BestOfK, search_ticket
+from .noise_search import BestOfK, SearchConfig, Ticket, search_ticket
 from .offline import MixedReplay, OfflineLoader
 from .offline_sources import read_episodes
 from .policy import FrozenPolicy
@@ -46,6 +46,7 @@ class Trainer:
             base.spec, layout, recipe.head.network, cameras=recipe.head.cameras, image_size=recipe.head.image_size
         )
         self.head = SteeringHead(head_config)
+        searched = self._warm_start() if config.warm_start == "ticket" else 0
         bounds = sac.value_bounds(task.info.reward_range)
         self.learner = build_learner(
             recipe.algorithm, base, self.head, recipe.critic, sac, recipe.na, bounds, config.seed
@@ -58,6 +59,7 @@ class Trainer:
         self.collector = Collector(
             base, self.head, task, self.replay, sac=sac, first_seed=first_seed, keeper=self.learner.keeper()
         )
+        self.collector.env_steps = searched
         self.rng = np.random.default_rng(config.seed)
         self.metrics = Metrics(out / "metrics.jsonl")
         self.base_sha256 = base.sha256()
@@ -67,6 +69,21 @@ class Trainer:
         self.seconds = 0.0
         self.info: dict[str, torch.Tensor] = {}
         self.watch = Watch(sac.target_entropy, config.validation_episodes, config.env_steps)
+
+    def _warm_start(self) -> int:
+        """Let the head start at the best constant noise; return the environment steps that finding it took."""
+        ticket = self._ticket()
+        self.head.start_at(torch.tensor(ticket.latent))
+        return ticket.env_steps
+
+    def _ticket(self) -> Ticket:
+        """The best constant noise of this run's layout; searched once."""
+        path, config = self.out / "ticket.json", SearchConfig(seed=self.recipe.train.seed)
+        if not path.exists():
+            with tqdm(total=config.total_episodes, unit="episode", desc="search", disable=None) as bar:
+                tick = lambda _: bar.update()
+                search_ticket(self.base, self.held_out, self.head.layout, config, tick).save(path)
+        return Ticket.load(path)
 
     def run(self) -> bool:
         """Train until the recipe's steps are done; False when interrupted by Ctrl-C (the state is saved)."""
@@ -216,8 +233,7 @@ class Trainer:
         config = self.recipe.eval
         seeds = seed_ranges.block(seed_ranges.EVALUATION, config.episodes)
         if "ticket" in config.baselines:
-            ticket = search_ticket(self.base, self.held_out, head.layout)
-            ticket.save(self.out / "ticket.json")
+            ticket = self._ticket()
             measured = measure(self.base, self.held_out, ticket.source(head.layout), seeds).to_json()
             found["ticket"] = measured | {"search_env_steps": ticket.env_steps}
         if "best-of-k" in config.baselines and isinstance(self.learner, NoiseAliasing):

@@ -96,3 +96,23 @@ def test_the_command_leaves_ticket_and_evaluation(fork_recipe, tmp_path, capsys)
     assert "best constant noise" in capsys.readouterr().out
     assert json.loads((out / "eval.json").read_text())["episodes"] == 5
     assert Ticket.load(out / "ticket.json").episodes == 4
+
+
+def test_a_run_can_start_from_the_ticket_and_counts_its_steps(fork_recipe, tmp_path):
+    out = tmp_path / "run"
+    options = ["--train.warm_start", "ticket", "--train.env_steps", "9000", "--eval.episodes", "5"]
+    assert main(["train", str(fork_recipe), "--out", str(out), *options]) == 0
+    ticket = Ticket.load(out / "ticket.json")
+    head = SteeringHead.from_pretrained(out / "best")
+    assert torch.allclose(head.start.tanh(), torch.tensor(ticket.latent).clamp(-0.9, 0.9), atol=1e-5)
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert rows[0]["env_steps"] > ticket.env_steps > 500
+    assert rows[-1]["env_steps"] >= 9000
+
+
+def test_a_head_that_starts_somewhere_chooses_about_that(fork_base, layout):
+    torch.manual_seed(0)
+    head = SteeringHead(HeadConfig.for_base(fork_base.spec, layout, NetworkConfig(width=16, layers=1)))
+    head.start_at(torch.tensor([[0.6, -0.8]]))
+    inputs = {"state": torch.randn(64, 4), "feature": torch.randn(64, fork_base.spec.feature_dim)}
+    assert (head.latent(inputs, None) - torch.tensor([[0.6, -0.8]])).abs().mean() < 0.15

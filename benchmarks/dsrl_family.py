@@ -1,0 +1,171 @@
+"""The whole DSRL family on MetaWorld: SAC, NA (bank and exact), offline, offline-to-online, noise search.
+
+    python benchmarks/dsrl_family.py [--tasks …] [--variants …] [--seeds 0 1 2] [--workers 2] [--report-only]
+
+Every variant uses the shipped recipe of its task; offline data are 50 recorded episodes of the base. Runs are kept
+under runs/family/ and not repeated. Writes benchmarks/results/dsrl_family.json, and prints the table.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import multiprocessing
+import sys
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import tyro
+from steer_metaworld import RUNS as BASE_RUNS
+from steer_metaworld import base_measures, recipe_for
+
+RUNS = Path("runs/family")
+NA = {"algorithm": "na", "eval": {"baselines": ["best-of-k"], "video_episodes": 0}}
+VARIANTS: dict[str, dict[str, Any]] = {
+    "sac": {},
+    "na": NA,
+    "na-exact": {"algorithm": "na-exact"},
+    "offline-to-online": NA | {"offline": {"updates": 3000}},
+    "offline": NA | {"offline": {"updates": 10_000}, "train": {"env_steps": 0}},
+    "ticket": {},
+}
+
+
+@dataclass(frozen=True)
+class Args:
+    """What to run."""
+
+    tasks: tuple[str, ...] = ("drawer-open", "pick-place", "sweep-into", "push", "peg-insert-side")
+    variants: tuple[str, ...] = tuple(VARIANTS)
+    seeds: tuple[int, ...] = (0, 1, 2)
+    workers: int = 2
+    report_only: bool = False
+    """Run nothing; collect the runs that have finished."""
+    out: Path = field(default=Path(__file__).parent / "results" / "dsrl_family.json")
+
+
+def variant_recipe(task: str, variant: str, seed: int) -> Any:
+    """The shipped recipe of a task with what the variant changes."""
+    from dsrl_vla.recipe import load_recipe
+
+    changes = json.loads(json.dumps(VARIANTS[variant]))
+    if "offline" in changes:
+        changes["offline"]["source"] = str(offline_data(task))
+    changes["train"] = changes.get("train", {}) | {"seed": seed}
+    recipe = load_recipe(task, changes | {"name": f"{task}-{variant}-{seed}"})
+    return replace(recipe, eval=replace(recipe.eval, video_episodes=0))
+
+
+def offline_data(task: str) -> Path:
+    """50 episodes of the base, recorded once per task."""
+    return RUNS / f"{task}-offline.npz"
+
+
+def record_task(task: str) -> None:
+    """Record the offline data of a task, and measure its base and controls, unless they are there."""
+    from dsrl_vla import seeds
+    from dsrl_vla.offline_sources import write_npz
+    from dsrl_vla.recording import record
+    from dsrl_vla.sources import PriorNoise
+
+    recipe = recipe_for(task, "transformer", 0)
+    base_measures(task)
+    if not offline_data(task).exists():
+        base = recipe.base.load()
+        numbers = seeds.block(seeds.RECORDING, 50)
+        write_npz(offline_data(task), record(base, recipe.task, PriorNoise(base.spec.noise), numbers))
+
+
+def run_ticket(task: str, seed: int, out: Path) -> None:
+    """Search and evaluate a golden ticket."""
+    from dsrl_vla.noise_search import SearchConfig, evaluate_ticket, search_ticket
+    from dsrl_vla.rollout import VectorTask
+
+    recipe = recipe_for(task, "transformer", seed)
+    base = recipe.base.load()
+    layout = recipe.noise.over(base.spec.noise)
+    with VectorTask(recipe.task, base.spec.executed_steps) as vector:
+        ticket = search_ticket(base, vector, layout, SearchConfig(seed=seed))
+        result = evaluate_ticket(base, vector, layout, ticket, recipe.eval.episodes)
+    out.mkdir(parents=True, exist_ok=True)
+    ticket.save(out / "ticket.json")
+    own = {"steered": result["ticket"], "env_steps": ticket.env_steps, "train_seed": seed}
+    (out / "eval.json").write_text(json.dumps(result | own, indent=1) + "\n")
+
+
+def run_job(job: tuple[str, str, int]) -> None:
+    """One run, unless it is there already."""
+    import torch
+    from dsrl_vla.training import train
+
+    task, variant, seed = job
+    torch.set_num_threads(1)
+    out = RUNS / f"{task}-{variant}-{seed}"
+    if (out / "eval.json").exists():
+        return
+    if variant == "ticket":
+        run_ticket(task, seed, out)
+    else:
+        recipe = variant_recipe(task, variant, seed)
+        train(recipe, out, resume=(out / "recipe.yaml").exists(), known=base_measures(task))
+    print("done", task, variant, seed, flush=True)
+
+
+OWN = ("steered", "steered_stochastic", "baselines", "train_seed", "env_steps", "updates", "train_seconds", "warnings")
+
+
+def collect(args: Args) -> dict[str, Any]:
+    """All finished runs: task -> variant -> list of runs."""
+    from dsrl_vla.run_dir import Metrics
+
+    found: dict[str, Any] = {}
+    for task, variant, seed in itertools.product(args.tasks, args.variants, args.seeds):
+        out = RUNS / f"{task}-{variant}-{seed}"
+        if not (out / "eval.json").exists():
+            continue
+        result = json.loads((out / "eval.json").read_text())
+        run = {key: result[key] for key in OWN if key in result}
+        if (out / "metrics.jsonl").exists():
+            rows = Metrics(out / "metrics.jsonl").rows()
+            curve = [[r["env_steps"], r["validation_success"]] for r in rows if "validation_success" in r]
+            run["validation"] = curve
+            run["steps_to_0.9"] = next((steps for steps, success in curve if success >= 0.9), None)
+        entry = found.setdefault(task, {"base": result["base"], "variants": {}})
+        entry["variants"].setdefault(variant, []).append(run)
+    return found
+
+
+def table(found: dict[str, Any]) -> str:
+    """The results as Markdown."""
+    lines = ["| task | base | variant | steered, mean | every seed | steps to 0.90 |", "|---|---|---|---|---|---|"]
+    for task, entry in found.items():
+        for variant, runs in entry["variants"].items():
+            each = [run["steered"]["success"] for run in runs]
+            reached = [run.get("steps_to_0.9") for run in runs]
+            steps = ", ".join("–" if r is None else f"{r / 1000:.1f}k" for r in reached)
+            mean, every = sum(each) / len(each), ", ".join(f"{x:.2f}" for x in each)
+            lines.append(
+                f"| {task} | {entry['base']['success']:.2f} | {variant} | **{mean:.2f}** | {every} | {steps} |"
+            )
+    return "\n".join(lines)
+
+
+def main() -> int:
+    args = tyro.cli(Args, description=__doc__)
+    for folder in (RUNS, BASE_RUNS):
+        folder.mkdir(parents=True, exist_ok=True)
+    if not args.report_only:
+        with multiprocessing.get_context("spawn").Pool(args.workers, maxtasksperchild=1) as pool:
+            pool.map(record_task, args.tasks, chunksize=1)
+            jobs = [(t, v, s) for s in args.seeds for v in args.variants for t in args.tasks]
+            pool.map(run_job, jobs, chunksize=1)
+    found = collect(args)
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    args.out.write_text(json.dumps(found, indent=1) + "\n")
+    print(table(found))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

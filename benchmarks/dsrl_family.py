@@ -18,7 +18,7 @@ from typing import Any
 
 import tyro
 from steer_metaworld import RUNS as BASE_RUNS
-from steer_metaworld import base_measures, recipe_for
+from steer_metaworld import base_measures, learning_curve, recipe_for, summary_cells
 
 RUNS = Path("runs/family")
 NA = {"algorithm": "na", "eval": {"baselines": ["best-of-k"], "video_episodes": 0}}
@@ -64,17 +64,13 @@ def offline_data(task: str) -> Path:
 
 def record_task(task: str) -> None:
     """Record the offline data of a task, and measure its base and controls, unless they are there."""
-    from dsrl_vla import seeds
-    from dsrl_vla.offline_sources import write_npz
-    from dsrl_vla.recording import record
-    from dsrl_vla.sources import PriorNoise
+    from dsrl_vla.cli import main as command
 
-    recipe = recipe_for(task, "transformer", 0)
     base_measures(task)
     if not offline_data(task).exists():
-        base = recipe.base.load()
-        numbers = seeds.block(seeds.RECORDING, 50)
-        write_npz(offline_data(task), record(base, recipe.task, PriorNoise(base.spec.noise), numbers))
+        status = command(["record", task, "--episodes", "50", "--out", str(offline_data(task))])
+        if status:
+            raise SystemExit(status)
 
 
 def run_ticket(task: str, seed: int, out: Path) -> None:
@@ -117,8 +113,6 @@ OWN = ("steered", "steered_stochastic", "baselines", "train_seed", "env_steps", 
 
 def collect(args: Args) -> dict[str, Any]:
     """All finished runs: task -> variant -> list of runs."""
-    from dsrl_vla.run_dir import Metrics
-
     found: dict[str, Any] = {}
     for task, variant, seed in itertools.product(args.tasks, args.variants, args.seeds):
         out = RUNS / f"{task}-{variant}-{seed}"
@@ -127,10 +121,7 @@ def collect(args: Args) -> dict[str, Any]:
         result = json.loads((out / "eval.json").read_text())
         run = {key: result[key] for key in OWN if key in result}
         if (out / "metrics.jsonl").exists():
-            rows = Metrics(out / "metrics.jsonl").rows()
-            curve = [[r["env_steps"], r["validation_success"]] for r in rows if "validation_success" in r]
-            run["validation"] = curve
-            run["steps_to_0.9"] = next((steps for steps, success in curve if success >= 0.9), None)
+            run |= learning_curve(out)
         entry = found.setdefault(task, {"base": result["base"], "variants": {}})
         entry["variants"].setdefault(variant, []).append(run)
     return found
@@ -141,13 +132,7 @@ def table(found: dict[str, Any]) -> str:
     lines = ["| task | base | variant | steered, mean | every seed | steps to 0.90 |", "|---|---|---|---|---|---|"]
     for task, entry in found.items():
         for variant, runs in entry["variants"].items():
-            each = [run["steered"]["success"] for run in runs]
-            reached = [run.get("steps_to_0.9") for run in runs]
-            steps = ", ".join("–" if r is None else f"{r / 1000:.1f}k" for r in reached)
-            mean, every = sum(each) / len(each), ", ".join(f"{x:.2f}" for x in each)
-            lines.append(
-                f"| {task} | {entry['base']['success']:.2f} | {variant} | **{mean:.2f}** | {every} | {steps} |"
-            )
+            lines.append(f"| {task} | {entry['base']['success']:.2f} | {variant} | {summary_cells(runs)} |")
     return "\n".join(lines)
 
 

@@ -94,22 +94,35 @@ OWN = (
 )
 
 
-def collect(args: Args) -> dict[str, Any]:
-    """All finished runs as one table."""
+def learning_curve(out: Path) -> dict[str, Any]:
+    """A run's validations, and the environment steps at which they first reached 0.9 (None: never)."""
     from dsrl_vla.run_dir import Metrics
 
+    rows = Metrics(out / "metrics.jsonl").rows()
+    curve = [[r["env_steps"], r["validation_success"]] for r in rows if "validation_success" in r]
+    reached = next((steps for steps, success in curve if success >= 0.9), None)
+    return {"steps_to_0.9": reached, "validation": curve}
+
+
+def summary_cells(runs: list[dict[str, Any]]) -> str:
+    """Mean success, every seed's, and every seed's steps to 0.9, as cells of a Markdown row."""
+    each = [run["steered"]["success"] for run in runs]
+    reached = [run.get("steps_to_0.9") for run in runs]
+    steps = ", ".join("–" if r is None else f"{r / 1000:.1f}k" for r in reached)
+    return f"**{sum(each) / len(each):.2f}** | {', '.join(f'{success:.2f}' for success in each)} | {steps}"
+
+
+def collect(args: Args) -> dict[str, Any]:
+    """All finished runs as one table."""
     tasks: dict[str, Any] = {}
     for task, kind, seed in itertools.product(args.tasks, args.kinds, args.seeds):
         out = RUNS / f"{task}-{kind}-{seed}"
         if not (out / "eval.json").exists():
             continue
         result = json.loads((out / "eval.json").read_text())
-        rows = Metrics(out / "metrics.jsonl").rows()
-        curve = [[r["env_steps"], r["validation_success"]] for r in rows if "validation_success" in r]
         entry = tasks.setdefault(task, {key: result[key] for key in SHARED} | {"runs": []})
-        reached = next((steps for steps, success in curve if success >= 0.9), None)
         own = {key: result[key] for key in OWN}
-        entry["runs"].append({"kind": kind, **own, "steps_to_0.9": reached, "validation": curve})
+        entry["runs"].append({"kind": kind, **own, **learning_curve(out)})
     return tasks
 
 
@@ -126,10 +139,7 @@ def table(tasks: dict[str, Any]) -> str:
         ]
         for kind in dict.fromkeys(run["kind"] for run in entry["runs"]):
             runs = [run for run in entry["runs"] if run["kind"] == kind]
-            each = [run["steered"]["success"] for run in runs]
-            steps = ["–" if run["steps_to_0.9"] is None else f"{run['steps_to_0.9'] / 1000:.1f}k" for run in runs]
-            mean, every = sum(each) / len(each), ", ".join(f"{success:.2f}" for success in each)
-            lines.append(f"| {name} | {' | '.join(cells)} | {kind} | **{mean:.2f}** | {every} | {', '.join(steps)} |")
+            lines.append(f"| {name} | {' | '.join(cells)} | {kind} | {summary_cells(runs)} |")
     return "\n".join(lines)
 
 

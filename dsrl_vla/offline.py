@@ -21,11 +21,11 @@ from .errors import bad
 from .head import HeadInputs, SteeringHead
 from .latent_sac import SACConfig
 from .n_step import Decision, NStepWindows
-from .noise import generators
 from .noise_bank import Keeper
 from .observation import IMAGE_PREFIX, PROMPT, STATE, Observations
 from .policy import FrozenPolicy
 from .replay import Batch, Replay
+from .rollout import episode_generators
 
 OfflineEpisode = dict[str, Any]
 Relabel = Callable[[OfflineEpisode], OfflineEpisode]
@@ -47,7 +47,7 @@ class OfflineConfig:
     updates: int = 0
     """Updates on offline data alone, before the first environment step."""
     relabel: str = ""
-    """``package.module:function`` from episode to episode, to set rewards and `terminated` anew."""
+    """sparse_success, or ``package.module:function`` from episode to episode: sets rewards and `terminated` anew."""
 
     def __post_init__(self) -> None:
         if not 0 < self.share < 1:
@@ -122,7 +122,7 @@ class OfflineLoader:
         inputs = self.head.read(observations, encoding)
         chunk, reward, steps = self._chunks(episode, starts, length)
         numbers = replay.observe(inputs)
-        streams = generators([number * 7919 + int(start) for start in starts])
+        streams = [episode_generators([number], int(start))[0] for start in starts]
         extras = self.keeper.observed(self.base, encoding)
         extras |= self.keeper.label(self.base, encoding, self.head, inputs, chunk, streams)
         replay.attach(numbers, extras)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .errors import bad
+from .errors import DsrlError, bad
 from .noise import NoiseSpace, generators
 from .observation import Observations, ObservationSpec, unsqueeze
 
@@ -105,15 +105,15 @@ class FrozenPolicy(abc.ABC):
         Raises:
             DsrlError: this base does not offer it.
         """
-        raise bad(
-            "algorithm",
-            "one that does without the base in its update (sac, na)",
-            f"one that keeps the prefix of '{self.spec.uri}'",
-        )
+        raise self._keeps_no_prefix()
 
     def unpack(self, tensors: Mapping[str, torch.Tensor]) -> Encoding:
-        """Undo `pack`, for rows in any order and number."""
-        raise NotImplementedError
+        """Undo `pack`, for rows in any order and number; raises as `pack` does."""
+        raise self._keeps_no_prefix()
+
+    def _keeps_no_prefix(self) -> DsrlError:
+        expected = "one that does without the base in its update (sac, na)"
+        return bad("algorithm", expected, f"one that keeps the prefix of '{self.spec.uri}'")
 
     @abc.abstractmethod
     def _encode(self, observations: Observations, batch: int) -> Encoding: ...

@@ -75,18 +75,13 @@ class Watch:
 
     def see(self, row: Mapping[str, float]) -> list[str]:
         """Take a row; return the warnings it gives rise to, and keep them in `warnings`."""
-        found = {
-            name: words
-            for name, words in (
-                ("value", self._value(row)),
-                ("entropy", self._entropy(row)),
-                ("drop", self._drop(row)),
-                ("stuck", self._stuck(row)),
-            )
-            if words
-        }
-        if "validation_success" not in row:  # these two speak on validations only: keep what they said last
-            found |= dict.fromkeys(self.active & {"drop", "stuck"}, "")
+        said = {"value": self._value(row), "entropy": self._entropy(row)}
+        if (success := row.get("validation_success")) is not None:
+            self.best = max(self.best, success)
+            self.first = success if self.first is None else self.first
+            said |= {"drop": self._drop(success), "stuck": self._stuck(row["env_steps"], self.first)}
+        found = {name: words for name, words in said.items() if words}
+        found |= dict.fromkeys(self.active - set(said), "")  # not looked at: neither news nor over
         new = [f"at {row['env_steps']} steps: {found[name]}" for name in found if name not in self.active]
         self.active = set(found)
         self.warnings += new
@@ -114,11 +109,7 @@ class Watch:
             "stopped exploring. Raise sac.alpha_init or sac.alpha_lr."
         )
 
-    def _drop(self, row: Mapping[str, float]) -> str:
-        success = row.get("validation_success")
-        if success is None:
-            return ""
-        self.best = max(self.best, success)
+    def _drop(self, success: float) -> str:
         error = math.sqrt(2 * max(self.best * (1 - self.best), 0.5 / self.episodes) / self.episodes)
         if success >= self.best - max(0.15, 2 * error):
             return ""
@@ -127,12 +118,8 @@ class Watch:
             "saved; lower sac.actor_lr or train.gradient_steps if it does not come back."
         )
 
-    def _stuck(self, row: Mapping[str, float]) -> str:
-        success = row.get("validation_success")
-        if success is None:
-            return ""
-        self.first = success if self.first is None else self.first
-        if row["env_steps"] < max(1, self.env_steps / 2) or self.best > self.first + 0.05 or self.best >= 0.9:
+    def _stuck(self, steps: float, first: float) -> str:
+        if steps < max(1, self.env_steps / 2) or self.best > first + 0.05 or self.best >= 0.9:
             return ""
         return (
             f"half of the steps are used and validation success has not risen (best {self.best:.2f}). Run `dsrl-vla "

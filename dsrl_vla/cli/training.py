@@ -26,7 +26,7 @@ class TrainArgs:
 
 @dataclass(frozen=True)
 class PretrainArgs:
-    """Clone a nano base on MetaWorld tasks and measure it."""
+    """Clone a nano base on tasks that come with an expert, and measure it."""
 
     recipe: tyro.conf.Positional[str]
     """Name of a shipped pretraining recipe or a YAML file."""
@@ -56,7 +56,7 @@ def run_train(argv: list[str]) -> int:
 
 
 def run_pretrain(argv: list[str]) -> int:
-    """Clone a nano base on MetaWorld tasks and measure it."""
+    """Clone a nano base on tasks that come with an expert, and measure it."""
     args = tyro.cli(PretrainArgs, prog="dsrl-vla pretrain", args=argv)
     from ..pretraining import load_pretrain_recipe, pretrain
 

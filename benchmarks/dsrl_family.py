@@ -23,7 +23,7 @@ from steer_metaworld import base_measures, learning_curve, recipe_for, summary_c
 RUNS = Path("runs/family")
 NA = {"algorithm": "na", "eval": {"baselines": ["best-of-k"], "video_episodes": 0}}
 VARIANTS: dict[str, dict[str, Any]] = {
-    "sac": {},
+    "sac": {"algorithm": "sac"},
     "na": NA,
     "na-exact": {"algorithm": "na-exact"},
     "offline-to-online": NA | {"offline": {"updates": 3000}},

@@ -57,6 +57,15 @@ def variant_recipe(task: str, variant: str, seed: int) -> Any:
     return replace(recipe, eval=replace(recipe.eval, video_episodes=0))
 
 
+def run_dir(task: str, variant: str, seed: int) -> Path:
+    """Where the run is kept: SAC on a task whose shipped recipe is SAC is steer_metaworld.py's run."""
+    from dsrl_vla.recipe import load_recipe
+
+    if variant == "sac" and load_recipe(task).algorithm == "sac":
+        return BASE_RUNS / f"{task}-transformer-{seed}"
+    return RUNS / f"{task}-{variant}-{seed}"
+
+
 def offline_data(task: str) -> Path:
     """50 episodes of the base, recorded once per task."""
     return RUNS / f"{task}-offline.npz"
@@ -97,7 +106,7 @@ def run_job(job: tuple[str, str, int]) -> None:
 
     task, variant, seed = job
     torch.set_num_threads(1)
-    out = RUNS / f"{task}-{variant}-{seed}"
+    out = run_dir(task, variant, seed)
     if (out / "eval.json").exists():
         return
     if variant == "ticket":
@@ -115,7 +124,7 @@ def collect(args: Args) -> dict[str, Any]:
     """All finished runs: task -> variant -> list of runs."""
     found: dict[str, Any] = {}
     for task, variant, seed in itertools.product(args.tasks, args.variants, args.seeds):
-        out = RUNS / f"{task}-{variant}-{seed}"
+        out = run_dir(task, variant, seed)
         if not (out / "eval.json").exists():
             continue
         result = json.loads((out / "eval.json").read_text())

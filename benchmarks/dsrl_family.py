@@ -3,7 +3,9 @@
     python benchmarks/dsrl_family.py [--tasks …] [--variants …] [--seeds 0 1 2] [--workers 2] [--report-only]
 
 Every variant uses the shipped recipe of its task; offline data are 50 recorded episodes of the base. Runs are kept
-under runs/family/ and not repeated. Writes benchmarks/results/dsrl_family.json, and prints the table.
+under runs/family/, and neither they nor those that the results file already holds with the present recipes are
+repeated; what steer_metaworld.py has run, with the shipped algorithm, is taken over from there.
+Writes benchmarks/results/dsrl_family.json, and prints the table.
 """
 
 from __future__ import annotations
@@ -11,12 +13,14 @@ from __future__ import annotations
 import itertools
 import json
 import multiprocessing
+import shutil
 import sys
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import tyro
+from kept_runs import holds, merged, read, settings
 from steer_metaworld import RUNS as BASE_RUNS
 from steer_metaworld import base_measures, learning_curve, recipe_for, summary_cells
 
@@ -58,12 +62,15 @@ def variant_recipe(task: str, variant: str, seed: int) -> Any:
 
 
 def run_dir(task: str, variant: str, seed: int) -> Path:
-    """Where the run is kept: SAC on a task whose shipped recipe is SAC is steer_metaworld.py's run."""
+    """Where a run is kept."""
+    return RUNS / f"{task}-{variant}-{seed}"
+
+
+def as_shipped(task: str, variant: str) -> bool:
+    """Whether the variant is what the task's recipe ships with, so that steer_metaworld.py runs it."""
     from dsrl_vla.recipe import load_recipe
 
-    if variant == "sac" and load_recipe(task).algorithm == "sac":
-        return BASE_RUNS / f"{task}-transformer-{seed}"
-    return RUNS / f"{task}-{variant}-{seed}"
+    return variant == load_recipe(task).algorithm
 
 
 def offline_data(task: str) -> Path:
@@ -99,6 +106,39 @@ def run_ticket(task: str, seed: int, out: Path) -> None:
     (out / "eval.json").write_text(json.dumps(result | own, indent=1) + "\n")
 
 
+def take_over(task: str, variant: str, seed: int, out: Path) -> bool:
+    """Take steer_metaworld.py's run of the same settings, best-of-K by its Q^A added; False when there is none."""
+    source = BASE_RUNS / f"{task}-transformer-{seed}"
+    if not as_shipped(task, variant) or not (source / "eval.json").exists():
+        return False
+    shutil.copytree(source, out, dirs_exist_ok=True)
+    if variant == "na":
+        result = json.loads((out / "eval.json").read_text())
+        (out / "eval.json").write_text(json.dumps(result | best_of_k(task, seed, out), indent=1) + "\n")
+    return True
+
+
+def best_of_k(task: str, seed: int, out: Path) -> dict[str, Any]:
+    """``{"baselines": …}`` of a finished DSRL-NA run: the best of K draws by the Q^A it left."""
+    from dsrl_vla import seeds as ranges
+    from dsrl_vla.evaluation import measure
+    from dsrl_vla.noise_aliasing import ACTION_CRITIC, ActionCritic
+    from dsrl_vla.noise_search import BestOfK
+    from dsrl_vla.rollout import VectorTask
+    from dsrl_vla.training import load_run
+    from safetensors.torch import load_file
+
+    recipe, head = load_run(out)
+    base = recipe.base.load()
+    critic = ActionCritic(recipe.critic, head.config, (base.spec.executed_steps, base.spec.action_dim))
+    critic.load_state_dict(load_file(out / "best" / ACTION_CRITIC))
+    source = BestOfK(base, head, critic)
+    episodes = ranges.block(ranges.EVALUATION, recipe.eval.episodes)
+    with VectorTask(recipe.task, base.spec.executed_steps) as vector:
+        found = measure(base, vector, source, episodes)
+    return {"baselines": {"best-of-k": found.to_json() | {"k": source.k}}}
+
+
 def run_job(job: tuple[str, str, int]) -> None:
     """One run, unless it is there already."""
     import torch
@@ -111,7 +151,7 @@ def run_job(job: tuple[str, str, int]) -> None:
         return
     if variant == "ticket":
         run_ticket(task, seed, out)
-    else:
+    elif not take_over(task, variant, seed, out):
         recipe = variant_recipe(task, variant, seed)
         train(recipe, out, resume=(out / "recipe.yaml").exists(), known=base_measures(task))
     print("done", task, variant, seed, flush=True)
@@ -120,19 +160,54 @@ def run_job(job: tuple[str, str, int]) -> None:
 OWN = ("steered", "steered_stochastic", "baselines", "train_seed", "env_steps", "updates", "train_seconds", "warnings")
 
 
+def wanted(task: str, variant: str, seed: int) -> dict[str, Any]:
+    """The settings a run of this variant has; of a searched ticket, what evaluates it."""
+    return settings(variant_recipe(task, variant, seed))
+
+
+def missing(args: Args) -> list[tuple[str, str, int]]:
+    """The runs asked for that no results file holds."""
+    found = read_all(args)
+
+    def held(task: str, variant: str, seed: int) -> bool:
+        runs = found.get(task, {}).get("variants", {}).get(variant, [])
+        return holds(runs, seed, wanted(task, variant, seed))
+
+    jobs = [(t, v, s) for s in args.seeds for v in args.variants for t in args.tasks]
+    return [job for job in jobs if not held(*job)]
+
+
+def read_all(args: Args) -> dict[str, Any]:
+    """The results file, with DSRL-SAC's runs from steer_metaworld.py's where the shipped recipe is SAC."""
+    found = read(args.out)
+    for task, entry in read(args.out.with_name("metaworld.json")).items():
+        runs = [run for run in entry["runs"] if run["kind"] == "transformer"]
+        if as_shipped(task, "sac") and runs:
+            own = found.setdefault(task, {"base": entry["base"], "controls": entry["controls"], "variants": {}})
+            own["variants"] = {"sac": [{k: v for k, v in r.items() if k != "kind"} for r in runs]} | own["variants"]
+    return found
+
+
 def collect(args: Args) -> dict[str, Any]:
-    """All finished runs: task -> variant -> list of runs."""
-    found: dict[str, Any] = {}
-    for task, variant, seed in itertools.product(args.tasks, args.variants, args.seeds):
-        out = run_dir(task, variant, seed)
-        if not (out / "eval.json").exists():
-            continue
-        result = json.loads((out / "eval.json").read_text())
-        run = {key: result[key] for key in OWN if key in result}
-        if (out / "metrics.jsonl").exists():
-            run |= learning_curve(out)
-        entry = found.setdefault(task, {"base": result["base"], "variants": {}})
-        entry["variants"].setdefault(variant, []).append(run)
+    """All results with the runs that have finished since: task -> variant -> list of runs."""
+    found = read_all(args)
+    for task, variant in itertools.product(args.tasks, args.variants):
+        fresh = []
+        for seed in args.seeds:
+            out = run_dir(task, variant, seed)
+            if not (out / "eval.json").exists():
+                continue
+            result = json.loads((out / "eval.json").read_text())
+            run = {"settings": wanted(task, variant, seed)} | {key: result[key] for key in OWN if key in result}
+            if (out / "metrics.jsonl").exists():
+                run |= learning_curve(out)
+            fresh.append(run)
+            found.setdefault(task, {"base": result["base"], "variants": {}})
+            found[task] |= {key: result[key] for key in ("controls",) if key in result}
+        old = found.get(task, {}).get("variants", {}).get(variant, [])
+        runs = merged(old, fresh, wanted(task, variant, 0))
+        if runs:
+            found[task]["variants"][variant] = runs
     return found
 
 
@@ -151,8 +226,8 @@ def main() -> int:
         folder.mkdir(parents=True, exist_ok=True)
     if not args.report_only:
         with multiprocessing.get_context("spawn").Pool(args.workers, maxtasksperchild=1) as pool:
-            pool.map(record_task, args.tasks, chunksize=1)
-            jobs = [(t, v, s) for s in args.seeds for v in args.variants for t in args.tasks]
+            jobs = missing(args)
+            pool.map(record_task, dict.fromkeys(task for task, *_ in jobs), chunksize=1)
             pool.map(run_job, jobs, chunksize=1)
     found = collect(args)
     args.out.parent.mkdir(parents=True, exist_ok=True)

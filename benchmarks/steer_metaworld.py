@@ -2,8 +2,8 @@
 
     python benchmarks/steer_metaworld.py [--workers 2] [--seeds 0 1 2] [--tasks …] [--kinds transformer mlp]
 
-Runs are kept under runs/benchmark/ and not repeated, so an interrupted benchmark goes on where it stopped.
-Writes benchmarks/results/metaworld.json, and prints the table.
+Runs are kept under runs/benchmark/, and neither they nor those that the results file already holds with the present
+recipes are repeated (delete the file to start over). Writes benchmarks/results/metaworld.json, and prints the table.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import tyro
+from kept_runs import holds, merged, read, settings
 
 ROOT = Path(__file__).parent
 RUNS = Path("runs/benchmark")
@@ -73,7 +74,7 @@ def base_measures(task: str) -> dict[str, Any]:
 
 
 def run_task(job: tuple[str, str, int]) -> None:
-    """One training run, unless it is there already."""
+    """One training run, unless its directory is there already."""
     import torch
     from dsrl_vla.training import train
 
@@ -112,17 +113,35 @@ def summary_cells(runs: list[dict[str, Any]]) -> str:
     return f"**{sum(each) / len(each):.2f}** | {', '.join(f'{success:.2f}' for success in each)} | {steps}"
 
 
+def missing(args: Args) -> list[tuple[str, str, int]]:
+    """The runs asked for that the results file does not hold."""
+    tasks = read(args.out)
+
+    def held(task: str, kind: str, seed: int) -> bool:
+        runs = [run for run in tasks.get(task, {}).get("runs", []) if run["kind"] == kind]
+        return holds(runs, seed, settings(recipe_for(task, kind, seed)))
+
+    jobs = [(t, k, s) for k in args.kinds for s in args.seeds for t in args.tasks]
+    return [job for job in jobs if not held(*job)]
+
+
 def collect(args: Args) -> dict[str, Any]:
-    """All finished runs as one table."""
-    tasks: dict[str, Any] = {}
-    for task, kind, seed in itertools.product(args.tasks, args.kinds, args.seeds):
-        out = RUNS / f"{task}-{kind}-{seed}"
-        if not (out / "eval.json").exists():
-            continue
-        result = json.loads((out / "eval.json").read_text())
-        entry = tasks.setdefault(task, {key: result[key] for key in SHARED} | {"runs": []})
-        own = {key: result[key] for key in OWN}
-        entry["runs"].append({"kind": kind, **own, **learning_curve(out)})
+    """The results file with all runs that have finished since."""
+    tasks = read(args.out)
+    for task, kind in itertools.product(args.tasks, args.kinds):
+        fresh = []
+        for seed in args.seeds:
+            out, recipe = RUNS / f"{task}-{kind}-{seed}", recipe_for(task, kind, seed)
+            if not (out / "eval.json").exists():
+                continue
+            result = json.loads((out / "eval.json").read_text())
+            own = {key: result[key] for key in OWN}
+            fresh.append({"kind": kind, "settings": settings(recipe), **own, **learning_curve(out)})
+            tasks[task] = {key: result[key] for key in SHARED} | {"runs": tasks.get(task, {}).get("runs", [])}
+        runs = tasks.get(task, {}).get("runs", [])
+        of_kind = merged([r for r in runs if r["kind"] == kind], fresh, settings(recipe_for(task, kind, 0)))
+        if task in tasks:
+            tasks[task]["runs"] = [*(r for r in runs if r["kind"] != kind), *of_kind]
     return tasks
 
 
@@ -148,8 +167,9 @@ def main() -> int:
     RUNS.mkdir(parents=True, exist_ok=True)
     if not args.report_only:
         with multiprocessing.get_context("spawn").Pool(args.workers, maxtasksperchild=1) as pool:
-            pool.map(run_task, [(task, "base", 0) for task in args.tasks], chunksize=1)
-            pool.map(run_task, [(t, k, s) for k in args.kinds for s in args.seeds for t in args.tasks], chunksize=1)
+            jobs = missing(args)
+            pool.map(run_task, [(task, "base", 0) for task in dict.fromkeys(t for t, *_ in jobs)], chunksize=1)
+            pool.map(run_task, jobs, chunksize=1)
     tasks = collect(args)
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(json.dumps(tasks, indent=1) + "\n")

@@ -14,10 +14,12 @@ from . import seeds as seed_ranges
 from .head import SteeringHead
 from .noise import NoiseLayout
 from .policy import FrozenPolicy
-from .rollout import Episode, VectorTask, run_episodes
+from .rollout import Episode, TaskConfig, VectorTask, run_episodes
 from .sources import HeadNoise, LayoutNoise, NoiseSource, PriorNoise, ZeroNoise
 
 _Z = NormalDist().inv_cdf(0.975)
+RUN_FACTS = ("recipe", "train_seed", "env_steps", "validation_env_steps", "updates", "train_seconds", "warnings")
+"""What ``eval.json`` says of the run itself, beside what `evaluate` measures."""
 
 
 def wilson(successes: int, episodes: int) -> tuple[float, float]:
@@ -96,6 +98,11 @@ def measure_base(
     if controls:
         sources |= control_sources(base, layout)
     return {name: measure(base, task, source, seeds, on_episode=on_episode) for name, source in sources.items()}
+
+
+def evaluation_episodes(task: TaskConfig, episodes: int, controls: bool, known: int = 0) -> int:
+    """Episodes that `evaluate` plays: base, head, stochastic head and controls, but for `known` of these."""
+    return (3 + 3 * controls - known) * episodes * len(task.uris)
 
 
 def evaluate(

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from . import seeds as seed_ranges
 from .collect import Collector
-from .evaluation import Measure, evaluate, measure
+from .evaluation import Measure, evaluate, evaluation_episodes, measure
 from .head import HeadConfig, SteeringHead
 from .learners import build_learner
 from .noise_aliasing import NoiseAliasing
@@ -80,7 +80,8 @@ class Trainer:
         """The best constant noise of this run's layout; searched once."""
         path, config = self.out / "ticket.json", SearchConfig(seed=self.recipe.train.seed)
         if not path.exists():
-            with tqdm(total=config.total_episodes, unit="episode", desc="search", disable=None) as bar:
+            total = config.total_episodes * len(self.recipe.task.uris)
+            with tqdm(total=total, unit="episode", desc="search", disable=None) as bar:
                 tick = lambda _: bar.update()
                 search_ticket(self.base, self.held_out, self.head.layout, config, tick).save(path)
         return Ticket.load(path)
@@ -206,8 +207,8 @@ class Trainer:
     def evaluate(self, head: SteeringHead, known: dict[str, Measure] | None) -> dict[str, Any]:
         """The paired evaluation that ends a run; writes ``eval.json``."""
         config = self.recipe.eval
-        kinds = 3 + 3 * config.controls - (len(known) if known else 0)
-        with tqdm(total=kinds * config.episodes, unit="episode", desc="evaluation", disable=None) as bar:
+        total = evaluation_episodes(self.recipe.task, config.episodes, config.controls, len(known or ()))
+        with tqdm(total=total, unit="episode", desc="evaluation", disable=None) as bar:
             tick = lambda _: bar.update()
             result = evaluate(
                 self.base, head, self.held_out, config.episodes, config.controls, on_episode=tick, known=known

@@ -94,7 +94,8 @@ def resolve_layout(recipe: Recipe, base: FrozenPolicy, task: VectorTask, out: Pa
 
     path, config = out / "preflight.json", PreflightConfig()
     if not path.exists():
-        with tqdm(total=config.total_episodes(base), unit="episode", desc="preflight", disable=None) as bar:
+        total = config.total_episodes(base) * len(task.config.uris)
+        with tqdm(total=total, unit="episode", desc="preflight", disable=None) as bar:
             write_json(path, preflight(base, task, config, lambda *_: bar.update()))
     advice = json.loads(path.read_text())["recommendation"]
     log.info("layout auto: %s, bound %g. %s", advice["layout"], advice["bound"], advice["words"])

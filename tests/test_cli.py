@@ -27,7 +27,7 @@ def test_train_resume_eval_and_preflight(fork_recipe, tmp_path, capsys):
     assert main(["eval", str(out), "--episodes", "10"]) == 0
     again = json.loads((out / "eval.json").read_text())
     assert again["steered"] == result["steered"] and again["base"] == result["base"]
-    assert again["env_steps"] == result["env_steps"]
+    assert again["env_steps"] == result["env_steps"] and again["warnings"] == result["warnings"]
     assert "steered less base" in capsys.readouterr().out
 
     flags = ["--episodes", "6", "--best-of", "2", "--layouts", "repeat", "chunk", "--bounds", "1.5"]

@@ -84,7 +84,7 @@ def run_preflight(argv: list[str]) -> int:
     out = args.out or Path("runs") / f"{recipe.name}-preflight"
     config = PreflightConfig(args.episodes, args.best_of, tuple(args.layouts), tuple(args.bounds))
     base = recipe.base.load()
-    total = config.total_episodes(base)
+    total = config.total_episodes(base) * len(recipe.task.uris)
     with (
         VectorTask(recipe.task, base.spec.executed_steps) as task,
         tqdm(total=total, unit="episode", disable=None) as bar,
@@ -108,7 +108,9 @@ def run_eval(argv: list[str]) -> int:
     args = tyro.cli(EvalArgs, prog="dsrl-vla eval", args=argv)
     import json
 
-    from ..evaluation import evaluate
+    from tqdm import tqdm
+
+    from ..evaluation import RUN_FACTS, evaluate, evaluation_episodes
     from ..rollout import VectorTask
     from ..run_dir import write_json
     from ..tables import print_evaluation
@@ -117,16 +119,17 @@ def run_eval(argv: list[str]) -> int:
     recipe, head = load_run(args.run)
     base = recipe.base.load()
     before = base.sha256()
-    with VectorTask(recipe.task, base.spec.executed_steps) as task:
-        result = evaluate(base, head, task, args.episodes, args.controls)
+    total = evaluation_episodes(recipe.task, args.episodes, args.controls)
+    with (
+        VectorTask(recipe.task, base.spec.executed_steps) as task,
+        tqdm(total=total, unit="episode", desc="evaluation", disable=None) as bar,
+    ):
+        result = evaluate(base, head, task, args.episodes, args.controls, on_episode=lambda _: bar.update())
     target = args.out or args.run / "eval.json"
     kept = json.loads((args.run / "eval.json").read_text()) if (args.run / "eval.json").exists() else {}
-    counts = {
-        key: kept[key]
-        for key in ("recipe", "train_seed", "env_steps", "validation_env_steps", "updates", "train_seconds")
-        if key in kept
-    }
-    result |= counts | {"base_sha256_before": before, "base_sha256_after": base.sha256()}
+    facts = (*RUN_FACTS, *(["baselines"] if kept.get("seeds") == result["seeds"] else []))
+    result |= {key: kept[key] for key in facts if key in kept}
+    result |= {"base_sha256_before": before, "base_sha256_after": base.sha256()}
     write_json(target, result)
     print_evaluation(result)
     print(f"written: {target}")
@@ -144,19 +147,20 @@ def run_search(argv: list[str]) -> int:
     from ..run_dir import disk_errors, write_json
 
     config = SearchConfig(args.candidates, args.episodes, args.seed)
+    tasks = len(recipe.task.uris)
     out = args.out or Path("runs") / f"{recipe.name}-ticket"
     base = recipe.base.load()
     layout = recipe.noise.over(base.spec.noise)
     with (
-        tqdm(total=config.total_episodes, unit="episode", desc="search", disable=None) as bar,
-        VectorTask(replace(recipe.task, num_envs=args.episodes), base.spec.executed_steps) as task,
+        tqdm(total=config.total_episodes * tasks, unit="episode", desc="search", disable=None) as bar,
+        VectorTask(replace(recipe.task, num_envs=args.episodes * tasks), base.spec.executed_steps) as task,
     ):
         ticket = search_ticket(base, task, layout, config, lambda _: bar.update())
     with disk_errors(out):
         out.mkdir(parents=True, exist_ok=True)
         ticket.save(out / "ticket.json")
     with (
-        tqdm(total=2 * args.eval_episodes, unit="episode", desc="evaluation", disable=None) as bar,
+        tqdm(total=2 * args.eval_episodes * tasks, unit="episode", desc="evaluation", disable=None) as bar,
         VectorTask(recipe.task, base.spec.executed_steps) as task,
     ):
         result = evaluate_ticket(base, task, layout, ticket, args.eval_episodes, lambda _: bar.update())

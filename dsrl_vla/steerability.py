@@ -120,13 +120,24 @@ def _sensitivity(base: FrozenPolicy, observation: dict[str, Any], draws: int = 3
     return float(actions.std(0).mean())
 
 
+def typical_bound(dims: int) -> float:
+    """The bound at which the box's corners lie on the sphere that holds 95 % of N(0, I) draws in `dims` dimensions.
+
+    A head ends up in the corners. In 4 dimensions they may be at 1.5 deviations a coordinate; in 32 dimensions no
+    draw that the base has been trained on is as far out as that. (Wilson and Hilferty's chi-square quantile.)
+    """
+    spread = 2 / (9 * dims)
+    return float((1 - spread + 1.645 * np.sqrt(spread)) ** 1.5)
+
+
 def recommend(
     base: FrozenPolicy, found: dict[str, Measure], headroom: dict[str, Any], config: PreflightConfig
 ) -> dict[str, Any]:
     """Layout and bound from measured success, and whether to steer at all, in words.
 
     The smallest layout in which best-of-K solves about as much as in any (within one standard error of a
-    difference) is taken, since fewer dimensions are learnt faster; so is the largest harmless bound.
+    difference) is taken, since fewer dimensions are learnt faster. Of the harmless bounds, the one that keeps
+    closest to where the base's own noise lies (`typical_bound`).
     """
     own, n = found["base"].success, config.episodes
     error = np.sqrt(max(own * (1 - own), 0.25 / n) * 2 / n)
@@ -137,8 +148,8 @@ def recommend(
     layout = min((name for name in config.layouts if reach[name] >= most - spread), key=lambda name: size[name])
     bounds = {b: found[f"clipped {b:g}"].success for b in config.bounds if f"clipped {b:g}" in found}
     harmless = [b for b, success in bounds.items() if success >= max(bounds.values()) - error]
-    middle = sorted(config.bounds)[len(config.bounds) // 2]
-    bound = middle if middle in harmless else max(harmless, default=1.0)
+    vectors, columns = NoiseLayout(base.spec.noise, layout, 1.0).latent_shape
+    bound = min(harmless, key=lambda b: abs(b - typical_bound(vectors * columns)), default=1.0)
     words = []
     zero, best = found["zero"].success, headroom["base"]["success"]
     saturated, hopeless = own >= 0.95, max(best, zero) <= own + 0.02

@@ -10,7 +10,7 @@ from dsrl_vla.head import HeadConfig
 from dsrl_vla.networks import NetworkConfig
 from dsrl_vla.noise import NoiseLayout
 from dsrl_vla.rollout import Episode, TaskConfig, VectorTask
-from dsrl_vla.steerability import PreflightConfig, recommend
+from dsrl_vla.steerability import PreflightConfig, recommend, typical_bound
 
 FORK = TaskConfig("point:fork", 40, 4)
 
@@ -112,3 +112,22 @@ def test_the_smallest_layout_that_reaches_as_far_as_any_is_recommended(fork_base
     assert layout(repeat=0.5, knots_2=0.7, chunk=0.93) == "chunk"
     words = recommend(fork_base, found, reach(repeat=0.2, knots_2=0.3, chunk=0.4), config)["words"]
     assert "In every layout, 4 draws solve less" in words
+
+
+def test_the_bound_keeps_a_layouts_corners_where_the_bases_noise_lies(fork_base):
+    # sqrt of the chi-square quantile over its dimensions, from published tables
+    assert [typical_bound(d) for d in (1, 4, 8, 32)] == pytest.approx([1.96, 1.540, 1.392, 1.201], abs=0.03)
+    config = PreflightConfig(episodes=100, layouts=("repeat", "chunk"), bounds=(1.0, 1.5, 2.0))
+    even = measure_of([1, 0] * 50)
+    found = dict.fromkeys(("base", "zero", "clipped 1", "clipped 1.5", "clipped 2"), even)
+    reach = lambda repeat: {
+        "base": {"success": 0.9},
+        "layout repeat": {"success": repeat},
+        "layout chunk": {"success": 0.9},
+    }
+    dims = fork_base.spec.noise.dim
+    assert recommend(fork_base, found, reach(0.9), config)["bound"] == min(
+        config.bounds, key=lambda b: abs(b - typical_bound(dims))
+    )
+    harmful = found | {"clipped 1": measure_of([1] * 10 + [0] * 90)}
+    assert recommend(fork_base, harmful, reach(0.1), config)["bound"] == 1.5

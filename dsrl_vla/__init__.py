@@ -30,6 +30,7 @@ _WHERE = {
     "load_recipe": "recipe",
     "load_base": "bases",
     "make_task": "tasks",
+    "NoiseEnv": "noise_env",
     "probe": "probing",
     "preflight": "steerability",
     "train": "training",

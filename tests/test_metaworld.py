@@ -88,3 +88,33 @@ def test_the_embedded_base_runs_on_it(nano):
         nano.check_task(task.info)
         episodes = run_episodes(nano, task, PriorNoise(nano.spec.noise), range(6))
     assert all(e.success or e.steps == 120 for e in episodes)
+
+
+def test_environments_share_gl_contexts_and_see_the_same_as_alone():
+    from dsrl_vla.tasks.rendering import FastRenderer
+
+    def pictures(tasks):
+        for seed, task in enumerate(tasks):
+            task.reset(seed=seed)
+        return [(task.observe()[IMAGE], task.frame(96)) for task in tasks]
+
+    alone = []
+    for seed in range(2):
+        task = make_task("metaworld:peg-insert-side-v3")
+        task.reset(seed=seed)
+        alone.append((task.observe()[IMAGE], task.frame(96)))
+        task.close()
+    before = len(FastRenderer._shared)
+    tasks = [make_task("metaworld:peg-insert-side-v3") for _ in range(2)]
+    together = pictures(tasks)
+    assert len(FastRenderer._shared) == before + 1
+    assert not np.array_equal(together[0][0], together[1][0])
+    for mine, theirs in zip(together, alone, strict=True):
+        assert np.array_equal(mine[0], theirs[0]) and np.array_equal(mine[1], theirs[1])
+    tasks[0].close()
+    tasks[0].close()
+    assert np.array_equal(tasks[1].frame(96), together[1][1])
+    tasks[1].close()
+    assert len(FastRenderer._shared) == before
+    with pytest.raises(DsrlError, match="renderer: expected one in use"):
+        tasks[1].frame()

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -36,7 +36,8 @@ class Batch:
     def rows(self, part: slice) -> Batch:
         """A view of some of the rows."""
         cut = lambda value: {k: v[part] for k, v in value.items()} if isinstance(value, dict) else value[part]
-        return Batch(*(cut(getattr(self, f.name)) for f in fields(self)))
+        values: dict[str, Any] = {f.name: cut(getattr(self, f.name)) for f in fields(self)}
+        return Batch(**values)
 
 
 class Held(Protocol):

@@ -88,3 +88,28 @@ def test_the_embedded_base_runs_on_it(nano):
         nano.check_task(task.info)
         episodes = run_episodes(nano, task, PriorNoise(nano.spec.noise), range(6))
     assert all(e.success or e.steps == 120 for e in episodes)
+
+
+def test_environments_share_a_canvas_and_pictures_are_mujocos_own():
+    """Geoms out of sight are left out, and meshes uploaded once; no pixel differs from the plain renderer's."""
+    import mujoco
+    from dsrl_vla.tasks.metaworld import CAMERA, IMAGE_SIZE
+
+    one, other = (make_task("metaworld:drawer-open-v3", max_episode_steps=50) for _ in range(2))
+    rng = np.random.default_rng(0)
+    for episode, env in enumerate((one, other, one)):
+        env.begin(episode)
+        for _ in range(3):
+            for _ in range(8):
+                env.advance(rng.uniform(-1, 1, 4))
+            seen = env.observe()[f"observation.images.{CAMERA}"]
+            plain = mujoco.Renderer(env.sim.model, IMAGE_SIZE, IMAGE_SIZE)
+            plain.update_scene(env.sim.data, camera=CAMERA)
+            for flag in (mujoco.mjtRndFlag.mjRND_SHADOW, mujoco.mjtRndFlag.mjRND_REFLECTION):
+                plain.scene.flags[flag] = 0
+            assert np.array_equal(seen, plain.render())
+            plain.close()
+            assert env._render._out_of_sight(env.sim.data).sum() > 3
+    assert one._render.canvases[IMAGE_SIZE] is other._render.canvases[IMAGE_SIZE]
+    one.close()
+    other.close()

@@ -119,8 +119,8 @@ class Normaliser(nn.Module):
         vectors = []
         for name in self.names:
             mean, std = getattr(self, f"{name}_mean"), getattr(self, f"{name}_std")
-            scale = inputs[name].shape[-1] ** -0.5 if name == "feature" else 1.0
-            vectors.append(((inputs[name] - mean) / std).clamp(-5, 5) * scale)
+            vector = ((inputs[name] - mean) / std).clamp(-5, 5)
+            vectors.append(vector * vector.shape[-1] ** -0.5 if name == "feature" else vector)
         return vectors
 
 

@@ -18,6 +18,7 @@ from torch import nn
 
 from .critic import CriticConfig, CriticEnsemble
 from .errors import bad
+from .flat import Flat
 from .head import SteeringHead
 from .noise_bank import Keeper
 from .replay import Batch, Held
@@ -128,19 +129,23 @@ class LatentSAC:
         self.target = copy.deepcopy(self.critic).requires_grad_(False)
         self.average = copy.deepcopy(head).requires_grad_(False)
         """The head to use: the actor, averaged over its updates."""
-        self.log_alpha = torch.tensor(config.alpha_init).log().requires_grad_()
-        self.optimizers = {
-            "actor": torch.optim.Adam(head.parameters(), config.actor_lr, fused=True),
-            "critic": torch.optim.Adam(self.critic.parameters(), config.critic_lr, fused=True),
-            "alpha": torch.optim.Adam([self.log_alpha], config.alpha_lr),
-        }
+        self.log_alpha = nn.Parameter(torch.tensor(config.alpha_init).log())
+        self.modules: dict[str, nn.Module] = {}
+        """Everything with weights, by the name it is saved under."""
+        self.flat = {"alpha": Flat([self.log_alpha])}
+        self.optimizers = {"alpha": adam(self.flat["alpha"], config.alpha_lr)}
+        self._own("head", head, config.actor_lr)
+        self._own("average", self.average)
+        self._own("critic", self.critic, config.critic_lr)
+        self._own("target", self.target)
         self.generator = torch.Generator().manual_seed(seed)
         self.updates = 0
 
-    @property
-    def modules(self) -> dict[str, nn.Module]:
-        """Everything with weights, by the name it is saved under."""
-        return {"head": self.head, "average": self.average, "critic": self.critic, "target": self.target}
+    def _own(self, name: str, module: nn.Module, learning_rate: float | None = None) -> None:
+        """Count a module among the learner's; with a learning rate it is trained."""
+        self.modules[name], self.flat[name] = module, Flat(module.parameters())
+        if learning_rate is not None:
+            self.optimizers[name] = adam(self.flat[name], learning_rate)
 
     def keeper(self) -> Keeper:
         """What has to be kept of a decision: nothing but noise, reward and observations."""
@@ -155,10 +160,10 @@ class LatentSAC:
         """One step each of critic, target, actor and temperature. Nothing is copied to Python."""
         alpha = self.log_alpha.detach().exp()
         info = self._update_critics(batch, alpha)
-        follow(self.target, self.critic, self.config.tau)
+        self.flat["target"].follow(self.flat["critic"], self.config.tau)
         info |= self._update_actor(batch, alpha)
         loss, more = alpha_loss(self.log_alpha, info["entropy"], self.config.target_entropy)
-        self._step("alpha", loss, [self.log_alpha])
+        self._step("alpha", loss)
         self.updates += 1
         return info | more
 
@@ -167,28 +172,23 @@ class LatentSAC:
         loss, info = critic_loss(
             self.critic, self.target, self.head, alpha, batch, self.bounds, backup, self.generator
         )
-        self._step("critic", loss, list(self.critic.parameters()))
+        self._step("critic", loss)
         return info
 
     def _update_actor(self, batch: Batch, alpha: torch.Tensor) -> Info:
-        self.critic.requires_grad_(False)
         loss, info = actor_loss(self.critic, self.head, alpha, batch, self.generator)
-        self._step("actor", loss, list(self.head.parameters()))
-        self.critic.requires_grad_(True)
+        self._step("head", loss)
         # Young averages forget faster, so that the initial weights do not linger.
-        follow(self.average, self.head, max(1 - self.config.actor_average, 1 / (1 + self.updates)))
+        weight = max(1 - self.config.actor_average, 1 / (1 + self.updates))
+        self.flat["average"].follow(self.flat["head"], weight)
         return info
 
     def save(self, folder: Path) -> None:
         """Write the head to use."""
         self.average.save_pretrained(folder)
 
-    def _step(self, name: str, loss: torch.Tensor, parameters: list[torch.Tensor]) -> None:
-        optimizer = self.optimizers[name]
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        nn.utils.clip_grad_norm_(parameters, self.config.max_grad_norm)
-        optimizer.step()
+    def _step(self, name: str, loss: torch.Tensor) -> None:
+        self.flat[name].descend(loss, self.optimizers[name], self.config.max_grad_norm)
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """Everything needed to go on, as flat named tensors."""
@@ -215,8 +215,6 @@ class LatentSAC:
         self.updates = updates
 
 
-@torch.no_grad()
-def follow(follower: nn.Module, leader: nn.Module, weight: float) -> None:
-    """Every weight of `follower` moves towards its leader's: follower += weight (leader - follower), in place."""
-    pairs = list(zip(follower.parameters(), leader.parameters(), strict=True))
-    torch._foreach_lerp_([f for f, _ in pairs], [p for _, p in pairs], weight)
+def adam(flat: Flat, learning_rate: float) -> torch.optim.Optimizer:
+    """The optimiser of every part."""
+    return torch.optim.Adam([flat.vector], learning_rate, fused=True)

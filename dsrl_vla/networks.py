@@ -7,7 +7,9 @@ matrix product per layer. An actor is a stack of one. Activations are (E, B, tok
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 
 import torch
@@ -33,7 +35,10 @@ class StackedLinear(nn.Module):
 
 
 class StackedNorm(nn.Module):
-    """E independent layer norms over the last axis of (E, B, …, width)."""
+    """E independent layer norms over the last axis of (E, B, …, width).
+
+    One by one, for torch's own kernel does the affine part, and its gradients, in the same pass.
+    """
 
     def __init__(self, members: int, width: int):
         super().__init__()
@@ -41,19 +46,60 @@ class StackedNorm(nn.Module):
         self.bias = nn.Parameter(torch.zeros(members, width))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        view = (x.shape[0],) + (1,) * (x.dim() - 2) + (x.shape[-1],)
-        return torch.addcmul(self.bias.view(view), F.layer_norm(x, x.shape[-1:]), self.gain.view(view))
+        members = zip(x.unbind(0), self.gain.unbind(0), self.bias.unbind(0), strict=True)
+        return torch.stack([F.layer_norm(part, part.shape[-1:], gain, bias) for part, gain, bias in members])
+
+
+Attend = Callable[[torch.Tensor], torch.Tensor]
+"""Queries (E, B, Q, width) to what they find in the memory, of the same shape."""
+
+
+def attention(memory: torch.Tensor, layer: StackedLinear, layers: int, heads: int, queries: int) -> list[Attend]:
+    """One attention per layer over `memory` (E, B, T, width); `layer` projects it to all keys and values.
+
+    Keys and values of many tokens cost more than all else. Where few queries ask many tokens, the projections are
+    applied on the queries' side instead: q . (W_k m + b_k) = (W_k^T q) . m + a constant that the softmax ignores,
+    and sum_t p_t (W_v m_t + b_v) = W_v sum_t p_t m_t + b_v.
+    """
+    members, width = memory.shape[0], memory.shape[3]
+    if memory.shape[2] <= 4 * queries:
+        projected = layer(memory).view(*memory.shape[:3], 2 * layers, heads, -1).unsqueeze(2).unbind(4)
+        return [partial(_attend, *pair) for pair in zip(projected[::2], projected[1::2], strict=True)]
+    weights = layer.weight.view(members, width, 2 * layers, heads, -1).unbind(2)
+    biases = layer.bias.view(members, 1, 1, 2 * layers, width).unbind(3)
+    return [
+        partial(_attend_absorbed, memory, *pair)
+        for pair in zip(weights[::2], weights[1::2], biases[1::2], strict=True)
+    ]
+
+
+def _attend(keys: torch.Tensor, values: torch.Tensor, query: torch.Tensor) -> torch.Tensor:
+    """keys, values: (E, B, 1, T, heads, size). For a handful of tokens a fused kernel costs more than it saves."""
+    heads, size = keys.shape[4:]
+    scores = (query.view(*query.shape[:3], 1, heads, size) * keys).sum(-1, keepdim=True) * size**-0.5
+    return (scores.softmax(3) * values).sum(3).flatten(3)
+
+
+def _attend_absorbed(
+    memory: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, bias: torch.Tensor, query: torch.Tensor
+) -> torch.Tensor:
+    """keys, values: weights (E, width, heads, size); bias: of the values, (E, 1, 1, width)."""
+    (members, batch, queries, width), (heads, size) = query.shape, keys.shape[2:]
+    by_head = query.view(members, batch * queries, heads, size).transpose(1, 2).flatten(0, 1)
+    asked = torch.bmm(by_head, keys.permute(0, 2, 3, 1).flatten(0, 1)) * size**-0.5
+    asked = asked.view(members, heads, batch, queries, width).transpose(1, 2).flatten(2, 3).flatten(0, 1)
+    tokens = memory.flatten(0, 1)
+    found = torch.bmm(torch.bmm(asked, tokens.transpose(1, 2)).softmax(-1), tokens)
+    found = found.view(members, batch, heads, queries, width).transpose(1, 2).reshape(members * heads, -1, width)
+    out = torch.bmm(found, values.permute(0, 2, 1, 3).flatten(0, 1)).view(members, heads, batch, queries, size)
+    return out.permute(0, 2, 3, 1, 4).flatten(3) + bias
 
 
 class Block(nn.Module):
-    """A pre-norm layer in which query tokens attend to given keys and values; (E, B, Q, width) in and out.
+    """A pre-norm layer in which query tokens attend to a memory; (E, B, Q, width) in and out."""
 
-    Sequences here are a handful of tokens, for which a fused attention kernel costs more than it saves.
-    """
-
-    def __init__(self, members: int, width: int, heads: int):
+    def __init__(self, members: int, width: int):
         super().__init__()
-        self.heads = heads
         self.norm = StackedNorm(members, width)
         self.q = StackedLinear(members, width, width)
         self.out = StackedLinear(members, width, width)
@@ -61,12 +107,8 @@ class Block(nn.Module):
         self.up = StackedLinear(members, width, 2 * width)
         self.down = StackedLinear(members, 2 * width, width)
 
-    def forward(self, x: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-        """keys, values: (E, B, 1, tokens, heads, size)."""
-        q = self.q(self.norm(x)).view(*x.shape[:3], 1, self.heads, -1)
-        scores = (q * keys).sum(-1, keepdim=True) * q.shape[-1] ** -0.5
-        attended = (scores.softmax(3) * values).sum(3).flatten(3)
-        x = x + self.out(attended)
+    def forward(self, x: torch.Tensor, attend: Attend) -> torch.Tensor:
+        x = x + self.out(attend(self.q(self.norm(x))))
         return x + self.down(F.gelu(self.up(self.norm_mlp(x)), approximate="tanh"))
 
 
@@ -127,7 +169,7 @@ class Transformer(nn.Module):
         self.memory = StackedLinear(members, width, 2 * config.layers * width)
         self.everything = StackedLinear(members, sum(inputs) + count * dim, width)
         self.queries = nn.Parameter(torch.randn(members, 1, queries, width) * 0.02)
-        self.blocks = nn.ModuleList(Block(members, width, config.heads) for _ in range(config.layers))
+        self.blocks = nn.ModuleList(Block(members, width) for _ in range(config.layers))
         self.norm = StackedNorm(members, width)
         self.read = StackedLinear(members, width, shape.outputs, gain=0.1)
 
@@ -138,11 +180,11 @@ class Transformer(nn.Module):
         if self.vector is not None and self.places is not None and vectors is not None:
             tokens.append(self.vector(vectors) + self.places)
             flat.append(vectors.flatten(2))
-        memory = self.memory(F.relu(self.norm_memory(torch.cat(tokens, 2))))
-        per_layer = memory.view(*memory.shape[:3], 2 * self.layers, self.heads, -1).unsqueeze(2).unbind(4)
+        memory = self.norm_memory(torch.cat(tokens, 2)).relu_()
         x = self.everything(torch.cat(flat, -1)).unsqueeze(2) + self.queries
-        for layer, block in enumerate(self.blocks):
-            x = block(x, per_layer[2 * layer], per_layer[2 * layer + 1])
+        attends = attention(memory, self.memory, self.layers, self.heads, x.shape[2])
+        for block, attend in zip(self.blocks, attends, strict=True):
+            x = block(x, attend)
         return self.read(self.norm(x))
 
 
@@ -162,7 +204,7 @@ class MLP(nn.Module):
         """inputs: [(E, B, size)], vectors: (E, B, n, d) or None -> (E, B, queries, outputs)."""
         x = torch.cat([*inputs, vectors.flatten(2)] if vectors is not None else inputs, -1)
         for layer, norm in zip(self.layers, self.norms, strict=True):
-            x = F.relu(norm(layer(x)))
+            x = norm(layer(x)).relu_()
         return self.read(x).view(*x.shape[:2], *self.shape)
 
 

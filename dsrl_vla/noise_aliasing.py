@@ -17,12 +17,11 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import nn
 
 from .critic import CriticConfig, CriticEnsemble
 from .errors import bad
 from .head import HeadConfig, HeadInputs, SteeringHead
-from .latent_sac import Info, LatentSAC, SACConfig, follow
+from .latent_sac import Info, LatentSAC, SACConfig
 from .noise_bank import ACTION, BANK_ACTION, BANK_LATENT, PREFIX, BankConfig, BankKeeper, Keeper, PrefixKeeper
 from .policy import FrozenPolicy
 from .replay import Batch, Extras, Held
@@ -105,14 +104,7 @@ class NoiseAliasing(LatentSAC):
         super().__init__(head, critic, config, value_bounds, seed)
         self.na = na
         self.action_critic = ActionCritic(critic, head.config, (head.config.executed_steps, action_dim))
-        self.optimizers["action_critic"] = torch.optim.Adam(
-            self.action_critic.parameters(), config.critic_lr, fused=True
-        )
-
-    @property
-    def modules(self) -> dict[str, nn.Module]:
-        """Everything with weights, by the name it is saved under."""
-        return super().modules | {"action_critic": self.action_critic}
+        self._own("action_critic", self.action_critic, config.critic_lr)
 
     def fit_normaliser(self, replay: Held) -> None:
         """Fit the statistics of observations and actions on warm-up data."""
@@ -139,10 +131,10 @@ class NoiseAliasing(LatentSAC):
             latent, log_prob = self.head.sample(batch.next_inputs, self.generator)
             value = self._next_value(batch, latent) - alpha * log_prob * self.config.backup_entropy
         loss, info = action_critic_loss(self.action_critic, value, batch, self.bounds)
-        self._step("action_critic", loss, list(self.action_critic.parameters()))
+        self._step("action_critic", loss)
         inputs, latent, action = self._pairs(batch)
         loss, more = distillation_loss(self.critic, self.action_critic, inputs, latent, action)
-        self._step("critic", loss, list(self.critic.parameters()))
+        self._step("critic", loss)
         return info | more
 
     def _next_value(self, batch: Batch, latent: torch.Tensor) -> torch.Tensor:
@@ -170,11 +162,7 @@ class ExactNoiseAliasing(NoiseAliasing):
         super().__init__(*args, **kwargs)
         self.base = base
         self.action_target = copy.deepcopy(self.action_critic).requires_grad_(False)
-
-    @property
-    def modules(self) -> dict[str, nn.Module]:
-        """Everything with weights, by the name it is saved under."""
-        return super().modules | {"action_target": self.action_target}
+        self._own("action_target", self.action_target)
 
     def fit_normaliser(self, replay: Held) -> None:
         """Fit the statistics of observations and actions on warm-up data."""
@@ -187,7 +175,7 @@ class ExactNoiseAliasing(NoiseAliasing):
 
     def _update_critics(self, batch: Batch, alpha: torch.Tensor) -> Info:
         info = super()._update_critics(batch, alpha)
-        follow(self.action_target, self.action_critic, self.config.tau)
+        self.flat["action_target"].follow(self.flat["action_critic"], self.config.tau)
         return info
 
     def _next_value(self, batch: Batch, latent: torch.Tensor) -> torch.Tensor:

@@ -177,6 +177,10 @@ class MixedReplay:
         count = round(size * self.share)
         return _join(self.online.sample(size - count, rng), self.offline.sample(count, rng))
 
+    def batches(self, count: int, size: int, rng: np.random.Generator) -> Iterator[Batch]:
+        """As `Replay.batches`."""
+        return (self.sample(size, rng) for _ in range(count))
+
     def observations(self) -> HeadInputs:
         """As `Replay.observations`, both stores after one another."""
         return _cat([r.observations() for r in self._filled()])

@@ -7,8 +7,9 @@ storing it once halves the memory; an episode's last observation is stored for i
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Protocol
+from collections.abc import Iterator
+from dataclasses import dataclass, field, fields
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -31,6 +32,12 @@ class Batch:
     next_inputs: HeadInputs
     extras: Extras = field(default_factory=dict)
     next_extras: Extras = field(default_factory=dict)
+
+    def rows(self, part: slice) -> Batch:
+        """A view of some of the rows."""
+        cut = lambda value: {k: v[part] for k, v in value.items()} if isinstance(value, dict) else value[part]
+        values: dict[str, Any] = {f.name: cut(getattr(self, f.name)) for f in fields(self)}
+        return Batch(**values)
 
 
 class Held(Protocol):
@@ -133,6 +140,11 @@ class Replay:
             extras={k: v[now] for k, v in self.extras.items()},
             next_extras={k: v[then] for k, v in self.extras.items()},
         )
+
+    def batches(self, count: int, size: int, rng: np.random.Generator) -> Iterator[Batch]:
+        """What `sample` would give `count` times, drawn and gathered at once."""
+        drawn = self.sample(count * size, rng)
+        return (drawn.rows(slice(first, first + size)) for first in range(0, count * size, size))
 
     def observations(self) -> HeadInputs:
         """All observations held, (N, …)."""

@@ -32,6 +32,8 @@ from .tracking import Tracker
 from .watch import Watch, value_gap
 
 log = logging.getLogger(__name__)
+_SAMPLED_AHEAD = 32
+"""Minibatches gathered from the replay at a time."""
 
 
 class Trainer:
@@ -126,7 +128,9 @@ class Trainer:
         if self.learner.updates == 0:
             self.learner.fit_normaliser(self.data)
         while self.learner.updates < count:
-            self.info = self.learner.update(self.data.sample(self.recipe.sac.batch, self.rng))
+            ahead = min(count - self.learner.updates, _SAMPLED_AHEAD)
+            for batch in self.data.batches(ahead, self.recipe.sac.batch, self.rng):
+                self.info = self.learner.update(batch)
 
     def _read_offline(self) -> Replay:
         """Offline episodes as a replay, with a noise bank for every decision."""

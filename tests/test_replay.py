@@ -80,3 +80,19 @@ def test_a_reward_that_is_not_finite_is_refused():
         add(replay, numbers, numbers, value=float("nan"))
     with pytest.raises(DsrlError, match="replay.capacity"):
         Replay(0, (1, 2))
+
+
+def test_batches_drawn_at_once_are_those_drawn_one_by_one():
+    replay = Replay(100, (1, 2))
+    numbers = observe(replay, np.arange(50))
+    replay.attach(numbers, {"action": torch.arange(50.0)})
+    add(replay, numbers[:-1], numbers[1:])
+    one, other = np.random.default_rng(0), np.random.default_rng(0)
+    for batch in replay.batches(5, 7, one):
+        alone = replay.sample(7, other)
+        for field in ("latent", "reward", "discount"):
+            assert torch.equal(getattr(batch, field), getattr(alone, field))
+        for field in ("inputs", "next_inputs", "extras", "next_extras"):
+            mine, its = getattr(batch, field), getattr(alone, field)
+            assert mine.keys() == its.keys() and all(torch.equal(mine[k], its[k]) for k in mine)
+    assert one.bit_generator.state == other.bit_generator.state

@@ -6,10 +6,11 @@ import atexit
 import hashlib
 import importlib
 import importlib.util
+import itertools
 import os
 import sys
 import weakref
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 
@@ -26,31 +27,43 @@ def choose_backend() -> None:
         importlib.import_module("triton")
     if sys.platform.startswith("linux") and not os.environ.get("DISPLAY"):
         os.environ.setdefault("MUJOCO_GL", "egl")
+    os.environ.setdefault(
+        "LP_NUM_THREADS", "0"
+    )  # software rendering of small pictures: threads cost more than they do
 
 
-class _Contexts:
-    """GL contexts, one per size, for all models that look alike: they hold the meshes and textures, 40 to 120 MB."""
+_HIDDEN = 5
+"""A geom group that is not drawn by default."""
+_MARGIN = 1e-3
+"""Metres by which a geom has to be out of sight."""
 
-    def __init__(self, mujoco: Any, model: Any):
-        self.mujoco, self.model = mujoco, model
-        self.users = 0
-        self.renderers: dict[int, Any] = {}
 
-    def at(self, size: int) -> Any:
-        """The renderer of pictures (size, size).
+class Canvas:
+    """A GL context holding the meshes and textures of a model, for every model with the same ones.
+
+    Uploading them takes a quarter of a second; the environments of a vector share one canvas.
+    """
+
+    _open: weakref.WeakValueDictionary[bytes, Canvas] = weakref.WeakValueDictionary()
+
+    @classmethod
+    def of(cls, mujoco: Any, model: Any, size: int) -> Canvas:
+        """The canvas for pictures of `model`, uint8 (size, size, 3).
 
         Raises:
             DsrlError: no working off-screen renderer.
         """
-        if size not in self.renderers:
-            self.renderers[size] = self._make(size)
-        return self.renderers[size]
+        key = _assets(model, size)
+        canvas = cls._open.get(key)
+        if canvas is None:
+            canvas = cls._open[key] = cls(mujoco, model, size)
+        return canvas
 
-    def _make(self, size: int) -> Any:
-        frame = self.model.vis.global_
+    def __init__(self, mujoco: Any, model: Any, size: int):
+        frame = model.vis.global_
         frame.offwidth, frame.offheight = max(frame.offwidth, size), max(frame.offheight, size)
         try:
-            made = self.mujoco.Renderer(self.model, size, size)
+            self.renderer = mujoco.Renderer(model, size, size)
         except Exception as error:
             raise bad(
                 "MUJOCO_GL",
@@ -59,68 +72,73 @@ class _Contexts:
                 "On Debian: apt-get install libegl1 libgl1 libosmesa6, then set MUJOCO_GL to egl or osmesa before "
                 "mujoco is first imported.",
             ) from error
-        if not self.renderers:
-            # A GL context has to go before mujoco ends its display, in an exit handler it has just registered.
-            closing = weakref.WeakMethod(self.close)
-            atexit.register(lambda: (close := closing()) and close())
-        return made
+        # A GL context has to go before mujoco ends its display, in an exit handler it has just registered.
+        closing = weakref.WeakMethod(self.renderer.close)
+        atexit.register(lambda: (close := closing()) and close())
 
-    def close(self) -> None:
-        """Free the GL contexts."""
-        for renderer in self.renderers.values():
-            renderer.close()
-        self.renderers.clear()
+    def draw(self, scene: Any) -> np.ndarray:
+        """The scene of any model with these meshes and textures, uint8 (size, size, 3)."""
+        self.renderer._scene = scene
+        return self.renderer.render()
+
+
+def _assets(model: Any, size: int) -> bytes:
+    """What a canvas depends on, as a digest."""
+    digest = hashlib.sha1(f"{size} {model.vis.quality} {model.nmesh} {model.ntex}".encode(), usedforsecurity=False)
+    for name in ("mesh_vert", "mesh_normal", "mesh_face", "mesh_texcoord", "tex_data", "hfield_data", "skin_vert"):
+        digest.update(getattr(model, name).tobytes())
+    return digest.digest()
 
 
 class FastRenderer:
-    """Pictures of one model, at any size. Models with the same meshes and textures share their GL contexts."""
-
-    _shared: ClassVar[dict[str, _Contexts]] = {}
+    """Pictures of one model, at any size."""
 
     def __init__(self, mujoco: Any, model: Any):
         self.mujoco, self.model = mujoco, model
         model.vis.quality.offsamples = 0  # 15 times faster than the default in software rendering
         model.vis.quality.shadowsize = 0
-        self.option = mujoco.MjvOption()
-        self._key = _looks(model)
-        self._contexts: _Contexts | None = self._shared.setdefault(self._key, _Contexts(mujoco, model))
-        self._contexts.users += 1
+        self.canvases: dict[int, Canvas] = {}
+        self.scene = mujoco.MjvScene(model, maxgeom=2000)
+        self.option, self.camera = mujoco.MjvOption(), mujoco.MjvCamera()
+        self.camera.type = mujoco.mjtCamera.mjCAMERA_FIXED
+        centre, half = model.geom_aabb[:, None, :3], model.geom_aabb[:, None, 3:]
+        self.corners = centre + half * np.array(list(itertools.product((-1, 1), repeat=3)))  # (geoms, 8, 3)
+        self.endless = (model.geom_rbound == 0) | (half.max((1, 2)) == 0)
 
     def __call__(self, data: Any, camera: str, size: int) -> np.ndarray:
         """Render uint8 (size, size, 3).
 
         Raises:
-            DsrlError: no working off-screen renderer, or it has been closed.
+            DsrlError: no working off-screen renderer.
         """
-        if self._contexts is None:
-            raise bad("renderer", "one in use", "one that was closed")
-        renderer = self._contexts.at(size)
-        view = self.mujoco.MjvCamera()
-        view.type, view.fixedcamid = self.mujoco.mjtCamera.mjCAMERA_FIXED, self.model.camera(camera).id
-        everything = self.mujoco.mjtCatBit.mjCAT_ALL.value
-        # This model's own colours and this data's own poses, whichever model the context was made for.
-        self.mujoco.mjv_updateScene(self.model, data, self.option, None, view, everything, renderer.scene)
+        if size not in self.canvases:
+            self.canvases[size] = Canvas.of(self.mujoco, self.model, size)
         flags = self.mujoco.mjtRndFlag
-        renderer.scene.flags[flags.mjRND_SHADOW] = renderer.scene.flags[flags.mjRND_REFLECTION] = 0
-        return renderer.render()
+        self.camera.fixedcamid = self.model.camera(camera).id
+        groups = self.model.geom_group.copy()
+        self.model.geom_group[self._out_of_sight(data)] = _HIDDEN
+        self.mujoco.mjv_updateScene(
+            self.model, data, self.option, None, self.camera, self.mujoco.mjtCatBit.mjCAT_ALL, self.scene
+        )
+        self.model.geom_group[:] = groups
+        self.scene.flags[flags.mjRND_SHADOW] = self.scene.flags[flags.mjRND_REFLECTION] = 0
+        return self.canvases[size].draw(self.scene)
+
+    def _out_of_sight(self, data: Any) -> np.ndarray:
+        """Which geoms lie wholly beyond one side of what the camera sees, or behind it: (geoms,).
+
+        Nothing of them is in the picture, and transforming the vertices of a robot's links takes a third of its time.
+        """
+        number = self.camera.fixedcamid
+        if self.model.cam_orthographic[number] or self.model.cam_sensorsize[number].any():
+            return np.zeros(self.model.ngeom, dtype=bool)
+        rotation, slope = data.cam_xmat[number].reshape(3, 3), np.tan(np.deg2rad(self.model.cam_fovy[number]) / 2)
+        world = self.corners @ data.geom_xmat.reshape(-1, 3, 3).transpose(0, 2, 1) + data.geom_xpos[:, None]
+        x, y, z = np.moveaxis((world - data.cam_xpos[number]) @ rotation, -1, 0)
+        reach = -z * slope + _MARGIN
+        beyond = [side.all(1) for side in (x > reach, -x > reach, y > reach, -y > reach, z > 0)]
+        return np.logical_or.reduce(beyond) & ~self.endless
 
     def close(self) -> None:
-        """Give up the GL contexts; the last user frees them."""
-        contexts, self._contexts = self._contexts, None
-        if contexts is None:
-            return
-        contexts.users -= 1
-        if not contexts.users:
-            contexts.close()
-            del self._shared[self._key]
-
-
-def _looks(model: Any) -> str:
-    """Hash of what a GL context holds of a model."""
-    digest = hashlib.sha256()
-    parts = ("mesh_vert", "mesh_face", "mesh_normal", "mesh_texcoord", "tex_data", "hfield_data", "skin_vert")
-    for name in parts:
-        values = np.ascontiguousarray(getattr(model, name))
-        digest.update(f"{name} {values.shape}".encode())
-        digest.update(values.tobytes())
-    return digest.hexdigest()
+        """Let go of the canvases."""
+        self.canvases.clear()

@@ -1,0 +1,58 @@
+import pytest
+import torch
+import torch.nn.functional as F
+from dsrl_vla.networks import NetworkConfig, StackedLinear, StackedNorm, attention, build
+
+
+def look(memory, layer, query, queries_told):
+    """The second layer's attention, in the form chosen for so many queries."""
+    return attention(memory, layer, 2, 4, queries_told)[1](query)
+
+
+@pytest.mark.parametrize("queries", [1, 3])
+@pytest.mark.parametrize("members", [1, 2])
+def test_both_forms_of_attention_are_the_same_function(members, queries):
+    torch.manual_seed(0)
+    layer = StackedLinear(members, 16, 4 * 16)
+    with torch.no_grad():
+        layer.bias.normal_()
+    memory = torch.randn(members, 7, 9, 16, requires_grad=True)
+    query = torch.randn(members, 7, queries, 16, requires_grad=True)
+    found = {told: look(memory, layer, query, told) for told in (1, 100)}
+    assert torch.allclose(found[1], found[100], atol=1e-5)
+    weight = torch.randn_like(found[1])
+    inputs = [memory, query, layer.weight]
+    for one, other in zip(*(torch.autograd.grad((f * weight).sum(), inputs) for f in found.values()), strict=True):
+        assert torch.allclose(one, other, atol=1e-4)
+
+
+def test_attention_is_torchs_own():
+    torch.manual_seed(0)
+    layer = StackedLinear(1, 16, 4 * 16)
+    memory, query = torch.randn(1, 7, 9, 16), torch.randn(1, 7, 3, 16)
+    keys, values = layer(memory).view(7, 9, 4, 4, 4).permute(2, 0, 3, 1, 4)[2:]
+    expected = F.scaled_dot_product_attention(query.view(7, 3, 4, 4).transpose(1, 2), keys, values)
+    assert torch.allclose(look(memory, layer, query, 3)[0], expected.transpose(1, 2).flatten(2), atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["transformer", "mlp"])
+@pytest.mark.parametrize("count", [1, 8])
+def test_members_of_a_stack_do_not_see_each_other(kind, count):
+    torch.manual_seed(0)
+    config = NetworkConfig(kind, width=16, layers=2)
+    stack, lone = (build(config, members, [3, 5], (count, 2), 1, 1) for members in (3, 1))
+    lone.load_state_dict({k: v[1:2] for k, v in stack.state_dict().items()})
+    inputs, vectors = [torch.randn(3, 6, 3), torch.randn(3, 6, 5)], torch.randn(3, 6, count, 2)
+    alone = lone([x[1:2] for x in inputs], vectors[1:2])
+    assert torch.allclose(stack(inputs, vectors)[1:2], alone, atol=1e-5)
+
+
+def test_a_norm_of_one_member_is_that_of_many():
+    torch.manual_seed(0)
+    many, one = StackedNorm(2, 8), StackedNorm(1, 8)
+    with torch.no_grad():
+        many.gain.normal_()
+        many.bias.normal_()
+    one.load_state_dict({k: v[:1] for k, v in many.state_dict().items()})
+    x = torch.randn(2, 5, 3, 8)
+    assert torch.allclose(many(x)[:1], one(x[:1]), atol=1e-6)

@@ -94,3 +94,27 @@ def start_cli(*argv, **env):
     said = process.stdout.readline()
     assert said.startswith("serving "), said
     return process, said.split()[-1]
+
+
+def corrupt(data, rng):
+    """A message with something wrong: cut, flipped, spliced, grown, or nothing but noise."""
+    kind, data = rng.randrange(6), bytearray(data)
+    if kind == 0:
+        return bytes(data[: rng.randrange(len(data))])
+    if kind == 1:
+        for _ in range(rng.randrange(1, 8)):
+            data[rng.randrange(len(data))] = rng.randrange(256)
+    if kind == 2:
+        at, of = sorted(rng.randrange(len(data)) for _ in range(2))
+        del data[at:of]
+    if kind == 3:
+        at = rng.randrange(len(data))
+        data[at:at] = rng.randbytes(rng.randrange(1, 64))
+    if kind == 4:
+        return rng.randbytes(rng.randrange(1, 400))
+    if kind == 5:  # lengths and types, where they hurt most
+        for marker in (b"shape", b"dtype", b"data", b"__ndarray__"):
+            at = data.find(marker)
+            if at >= 0 and rng.random() < 0.5:
+                data[at + len(marker)] = rng.choice([0xDD, 0xDF, 0xC6, 0xC9, 0xC1, 0xC0, 0xCF, 0x9F, 0x80])
+    return bytes(data)

@@ -81,6 +81,159 @@ def fork_folder(fork_base, tmp_path_factory):
     return folder
 
 
+OPENPI = {
+    f"openpi_{framework}_{model}_{dtype}": (framework, model == "pi05", dtype)
+    for framework in ("jax", "torch") for model in ("pi0", "pi05") for dtype in ("float32", "bfloat16")
+}  # fmt: skip
+
+
+class OpenPiZoo:
+    """openpi's real models and `Policy`, tiny and randomised, each built once."""
+
+    def __init__(self, folder):
+        self.folder, self.policies, self.bases = folder, {}, {}
+
+    def policy(self, name):
+        if name not in self.policies:
+            self.policies[name] = tiny_openpi_policy(*OPENPI[name])
+        return self.policies[name]
+
+    def base(self, name):
+        from dsrl_vla.adapters.openpi import OpenPi
+
+        if name not in self.bases:
+            self.bases[name] = OpenPi(self.policy(name), uri=f"openpi:{name}")
+        return self.bases[name]
+
+
+@pytest.fixture(scope="session")
+def openpi_zoo(tmp_path_factory):
+    os.environ["TORCHDYNAMO_DISABLE"] = "1"  # openpi's PyTorch model compiles itself, which takes minutes on a CPU
+    pytest.importorskip("openpi.policies.policy")
+    folder = tmp_path_factory.mktemp("openpi")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OPENPI_DATA_HOME", str(folder))
+        write_paligemma_tokenizer(folder / "big_vision" / "paligemma_tokenizer.model")
+        yield OpenPiZoo(folder)
+
+
+def write_paligemma_tokenizer(path):
+    """A small tokenizer of PaliGemma's kind, in the place where openpi keeps the downloaded one."""
+    import io
+
+    import sentencepiece
+
+    words = [
+        "open the drawer",
+        "push and close the window",
+        "pick up the black bowl",
+        "Task: , State: 0 1 2;",
+        "Action",
+    ]
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(words * 20), model_writer=model, vocab_size=320, model_type="bpe", byte_fallback=True,
+        minloglevel=2,
+    )  # fmt: skip
+    path.parent.mkdir()
+    path.write_bytes(model.getvalue())
+
+
+def tiny_openpi_config(pi05, dtype="bfloat16"):
+    from openpi.models.pi0_config import Pi0Config
+
+    return Pi0Config(
+        paligemma_variant="dummy", action_expert_variant="dummy", pi05=pi05, dtype=dtype, action_horizon=8,
+        max_token_len=128 if pi05 else 24,
+    )  # fmt: skip
+
+
+def tiny_openpi_model(framework, config, seed=0):
+    """openpi's own class with small language and vision towers and all weights random: a fresh one is blind."""
+    import numpy as np
+
+    rng = np.random.default_rng(seed)
+    shake = lambda shape: 0.05 * rng.standard_normal(shape, dtype=np.float32)  # noqa: E731
+    if framework == "torch":
+        from openpi.models_pytorch import gemma_pytorch
+        from openpi.models_pytorch.pi0_pytorch import PI0Pytorch
+
+        whole = gemma_pytorch.PaliGemmaForConditionalGeneration
+
+        def small(config):
+            vision = config.vision_config
+            vision.hidden_size, vision.intermediate_size, vision.num_attention_heads = 32, 64, 2
+            vision.num_hidden_layers, vision.patch_size = 1, 28
+            vision.projection_dim = config.text_config.hidden_size
+            return whole(config=config)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(gemma_pytorch, "PaliGemmaForConditionalGeneration", small)
+            torch.manual_seed(seed)
+            model = PI0Pytorch(config)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(torch.from_numpy(shake(tuple(parameter.shape))))
+        return model
+    import jax
+    from flax import nnx
+    from openpi.models import siglip
+
+    tower = {"width": 32, "depth": 1, "mlp_dim": 64, "num_heads": 2, "patch_size": (28, 28)}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(siglip, "decode_variant", lambda _: tower)
+        model = config.create(jax.random.key(seed))
+    shaken = jax.tree.map(lambda x: (x + shake(x.shape)).astype(config.dtype), nnx.state(model))
+    nnx.update(model, shaken)
+    return model
+
+
+def openpi_statistics():
+    """LIBERO's two: state (8,) and actions (7,)."""
+    import numpy as np
+    from openpi.shared.normalize import NormStats
+
+    def make(size):
+        mean, std = np.linspace(-0.2, 0.2, size), np.linspace(0.5, 1.5, size)
+        return NormStats(mean=mean, std=std, q01=mean - 2 * std, q99=mean + 2 * std)
+
+    return {"state": make(8), "actions": make(7)}
+
+
+def libero_data_config(pi05):
+    from openpi.training.config import AssetsConfig, LeRobotLiberoDataConfig
+
+    return LeRobotLiberoDataConfig(
+        repo_id="tiny/libero", assets=AssetsConfig(asset_id="libero"), extra_delta_transform=not pi05
+    )
+
+
+def tiny_openpi_policy(framework, pi05, dtype):
+    """The real `Policy` with openpi's LIBERO transforms, put together as `create_trained_policy` does."""
+    import pathlib
+
+    from openpi import transforms
+    from openpi.policies.policy import Policy
+
+    config = tiny_openpi_config(pi05, dtype)
+    data = libero_data_config(pi05).create(pathlib.Path("none"), config)
+    statistics, quantiles = openpi_statistics(), data.use_quantile_norm
+    return Policy(
+        tiny_openpi_model(framework, config),
+        transforms=[
+            *data.data_transforms.inputs,
+            transforms.Normalize(statistics, use_quantiles=quantiles),
+            *data.model_transforms.inputs,
+        ],
+        output_transforms=[
+            *data.model_transforms.outputs,
+            transforms.Unnormalize(statistics, use_quantiles=quantiles),
+            *data.data_transforms.outputs,
+        ],
+        is_pytorch=framework == "torch",
+    )
+
+
 @pytest.fixture
 def fork_recipe(fork_folder, tmp_path):
     """A recipe file that trains in seconds."""

@@ -10,10 +10,19 @@ from dsrl_vla.noise import NoiseLayout, generators
 from dsrl_vla.observation import batch, unsqueeze
 
 BASES = ["nano", "tiny_pi0", "tiny_pi0_bf16", "fork_base"]
+# A float32 and a bfloat16 one of each framework, a π0 and a π0.5 of each dtype; skipped where openpi is not.
+BASES += [
+    "openpi_jax_pi0_float32",
+    "openpi_jax_pi05_bfloat16",
+    "openpi_torch_pi0_bfloat16",
+    "openpi_torch_pi05_float32",
+]
 
 
 @pytest.fixture(params=BASES)
 def base(request):
+    if request.param.startswith("openpi_"):
+        return request.getfixturevalue("openpi_zoo").base(request.param)
     return request.getfixturevalue(request.param)
 
 
@@ -89,7 +98,7 @@ def test_nothing_is_trainable_and_the_hash_is_stable(base, observation):
     before = base.sha256()
     base.act(observation(base), seed=0)
     assert base.sha256() == before
-    assert not any(p.requires_grad for p in base.model.parameters())
+    assert not any(weight.requires_grad for weight in base.state_dict().values())
 
 
 def test_a_head_steers_and_disabled_is_the_base_bit_for_bit(base, observation):

@@ -165,11 +165,12 @@ def _steps(policy: Any, model: type, asked: int | None, uri: str) -> int:
     """The sampler's steps: as asked, as the policy was built with, or as the model has by default."""
     chosen = dict(policy._sample_kwargs)
     default = inspect.signature(model.sample_actions).parameters["num_steps"].default  # type: ignore[attr-defined]
-    steps = int(chosen.pop("num_steps", default)) if asked is None else asked
+    built_with = int(chosen.pop("num_steps", default))
+    steps = built_with if asked is None else asked
     if chosen:
         raise DsrlError(
-            f"{uri}: expected a policy whose sample_kwargs hold num_steps alone, got also {', '.join(sorted(chosen))}. "
-            "Build it without them: the noise is what is steered, and nothing else may vary."
+            f"{uri}: expected a policy whose sample_kwargs hold num_steps alone, got {', '.join(sorted(chosen))} too. "
+            "Build it without: the noise is what is steered, and nothing else may vary."
         )
     if steps < 1:
         raise bad("openpi num_steps", "1 or more", steps)

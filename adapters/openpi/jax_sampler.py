@@ -51,7 +51,7 @@ class JaxSampler:
     def prefix(self, rows: list[dict[str, Any]]) -> tuple[torch.Tensor, JaxPrefix]:
         filled = rows + rows[-1:] * (_size(len(rows)) - len(rows))
         inputs = jax.tree.map(lambda *leaves: jnp.asarray(np.stack(leaves)), *filled)
-        seen = openpi_model.Observation.from_dict(inputs)
+        seen: Any = openpi_model.Observation.from_dict(inputs)
         feature, cache, mask = self._prefix(self._weights, seen)
         return _to_torch(feature[: len(rows)]), JaxPrefix(cache, mask, seen.state)
 

@@ -43,7 +43,7 @@ class TorchSampler:
 
     def prefix(self, rows: list[dict[str, Any]]) -> tuple[torch.Tensor, TorchPrefix]:
         inputs = _stack(rows, self.device)
-        seen = openpi_model.Observation.from_dict(inputs)
+        seen: Any = openpi_model.Observation.from_dict(inputs)
         images, image_masks, prompt, prompt_mask, state = self.model._preprocess_observation(seen, train=False)
         tokens, mask, autoregressive = self.model.embed_prefix(images, image_masks, prompt, prompt_mask)
         attention = self.model._prepare_attention_masks_4d(make_att_2d_masks(mask, autoregressive))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import abc
 import contextlib
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -179,6 +179,15 @@ class SteeredPolicy:
         encoding = self.base.encode(observations)
         noise = self.head.noise(observations, encoding, None if deterministic else generators([seed]))
         return self.base.denoise(encoding, noise)[0, 0, : self.base.spec.executed_steps]
+
+    def noise(
+        self, observations: Observations, encoding: Encoding, seeds: Sequence[int], *, deterministic: bool = True
+    ) -> tuple[torch.Tensor, list[str]]:
+        """The noise of a batch of decisions, float32 (B, 1, H, D), and why a row is the base's own ("": it is not)."""
+        if not self.enabled:
+            return self.base.spec.noise.sample(generators(list(seeds))), ["disabled"] * len(seeds)
+        drawn = None if deterministic else generators(list(seeds))
+        return self.head.noise(observations, encoding, drawn), [""] * len(seeds)
 
     @contextlib.contextmanager
     def disabled(self) -> Iterator[SteeredPolicy]:

@@ -285,3 +285,38 @@ def observation():
         return made | ({"task": prompt} if spec.prompt else {})
 
     return make
+
+
+@pytest.fixture(scope="session")
+def served():
+    """Serves a base from a thread until the tests end: served(base, head=None, **config) -> the server."""
+    from dsrl_vla.serving.server import PolicyServer, ServerConfig
+    from dsrl_vla.serving.service import Service
+
+    servers = []
+
+    def start(base, head=None, **config):
+        servers.append(PolicyServer(Service(base, head), ServerConfig(port=0, **config)).start())
+        return servers[-1]
+
+    yield start
+    for server in servers:
+        server.stop()
+
+
+@pytest.fixture(scope="session")
+def remote_pi0(tiny_pi0, served):
+    from dsrl_vla import load_base
+
+    base = load_base("remote:" + served(tiny_pi0).uri)
+    yield base
+    base.close()
+
+
+@pytest.fixture(scope="session")
+def remote_fork(fork_base, served):
+    from dsrl_vla import load_base
+
+    base = load_base("remote:" + served(fork_base).uri)
+    yield base
+    base.close()

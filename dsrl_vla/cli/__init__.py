@@ -1,4 +1,4 @@
-"""The command line: ``dsrl-vla preflight | train | eval | search | record | pretrain | recipes | adapters``.
+"""The command line: ``dsrl-vla preflight | train | eval | serve | search | record | pretrain | recipes | adapters``.
 
 Every field of a recipe can be overridden: ``dsrl-vla train demo --train.seed 3 --noise.layout chunk``.
 """
@@ -12,6 +12,7 @@ from collections.abc import Callable
 from ..errors import DsrlError, unknown
 from .listing import list_adapters, list_recipes
 from .measuring import run_eval, run_preflight, run_record, run_search
+from .serving import run_serve
 from .training import run_pretrain, run_train
 
 
@@ -49,6 +50,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "preflight": run_preflight,
     "train": run_train,
     "eval": run_eval,
+    "serve": run_serve,
     "search": run_search,
     "record": run_record,
     "pretrain": run_pretrain,

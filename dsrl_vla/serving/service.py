@@ -1,0 +1,212 @@
+"""What a server does for its clients, without the network: decisions, encodings kept under handles, counts.
+
+Runs in one thread. Owns the base; each connection owns its `Handles`.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..errors import DsrlError, bad
+from ..head import SteeringHead
+from ..noise import generators
+from ..observation import IMAGE_PREFIX, PROMPT, STATE, Observations, ObservationSpec
+from ..policy import Encoding, FrozenPolicy, SteeredPolicy
+from . import protocol as p
+from .requests import Denoise, Encode, Feature, Infer, Request, Sha256, Status
+
+Reply = dict[str, Any]
+
+
+class GoneError(DsrlError):
+    """A handle whose encoding is no longer kept."""
+
+
+class Handles:
+    """The encodings of one connection: the newest few, by number."""
+
+    def __init__(self, limit: int):
+        self.limit = limit
+        self._kept: OrderedDict[int, Encoding] = OrderedDict()
+        self._next = 0
+
+    def keep(self, encoding: Encoding) -> int:
+        """Keep one, and let go of the least recently used beyond the limit."""
+        self._next += 1
+        self._kept[self._next] = encoding
+        while len(self._kept) > self.limit:
+            self._kept.popitem(last=False)
+        return self._next
+
+    def get(self, handle: int) -> Encoding:
+        """Raises GoneError when it is no longer there."""
+        if handle not in self._kept:
+            raise GoneError(f"{p.HANDLE}: expected one of the newest {self.limit}, got {handle}. Encode again.")
+        self._kept.move_to_end(handle)
+        return self._kept[handle]
+
+    def release(self, handles: Sequence[int]) -> None:
+        """Let go of these."""
+        for handle in handles:
+            self._kept.pop(handle, None)
+
+    def __len__(self) -> int:
+        return len(self._kept)
+
+
+@dataclass
+class _Noise:
+    """Of one request: float32 (1, K, H, D), and where it came from."""
+
+    values: torch.Tensor
+    source: str
+    fallback: str = ""
+
+
+class Service:
+    """A base, with or without a head.
+
+    Args:
+        deterministic: the head's mode by default, not a sample; a request may ask otherwise.
+
+    Raises:
+        DsrlError: the head does not fit the base.
+    """
+
+    def __init__(self, base: FrozenPolicy, head: SteeringHead | None = None, *, deterministic: bool = True):
+        self.base, self.deterministic = base, deterministic
+        self.policy = SteeredPolicy(base, head) if head else None
+        self.counts: Counter[str] = Counter()
+        """prefix_passes, observations (rows in them), sampler_runs."""
+        self.sha256 = base.sha256()
+
+    @property
+    def seen(self) -> ObservationSpec:
+        """What an observation to act on must hold: what the base sees, and the head's own cameras."""
+        own = dict.fromkeys(self.policy.head.config.cameras) if self.policy else {}
+        spec = self.base.spec.observation
+        return replace(spec, cameras={**own, **spec.cameras})
+
+    def metadata(self) -> dict[str, Any]:
+        """What the server opens with."""
+        layout = self.policy.head.layout if self.policy else None
+        about = {"name": layout.name, "bound": layout.bound, "columns": layout.columns} if layout else None
+        return p.metadata(self.base.spec, handles=True, sha256=self.sha256, layout=about)
+
+    def warm_up(self, batch: int = 1) -> None:
+        """Run every path once, so that no client waits for compilation."""
+        observations = _dummy(self.seen, batch)
+        request = Infer(observations, None, seed=0, wants=frozenset({"feature", "noise"}))
+        self.infer([request])
+        self.infer([replace(request, steer=False)])
+        self.counts.clear()
+
+    def run(self, request: Request, handles: Handles) -> Reply:
+        """Carry out one request. Raises DsrlError for what the client can mend, anything else for what it cannot."""
+        if isinstance(request, Infer):
+            return self.infer([request])[0]
+        if isinstance(request, Encode):
+            encoding = self._encode(request.observations)
+            return {p.HANDLE: handles.keep(encoding), p.FEATURE: _numpy(encoding.feature)}
+        if isinstance(request, Denoise):
+            actions = self._denoise(handles.get(request.handle), request.noise)
+            return {p.ACTIONS: actions.numpy(), p.SOURCE: "request"}
+        if isinstance(request, Feature):
+            if not self.base.spec.feature_dim:
+                raise bad("get_prefix_rep", "a base that offers a feature", f"the black box '{self.base.spec.uri}'")
+            return {p.FEATURE: _numpy(self._encode(request.observations).feature)}
+        if isinstance(request, Sha256):
+            return {"dsrl/sha256": self.base.sha256()}
+        assert isinstance(request, Status)
+        return {"dsrl/status": dict(self.counts)}
+
+    def infer(self, requests: Sequence[Infer]) -> list[Reply]:
+        """Decisions for several clients behind one prefix pass; all of one `batch_key`."""
+        observations = _join([request.observations for request in requests])
+        encoding = self._encode(observations)
+        noises = [self._noise(request, _row(encoding, i)) for i, request in enumerate(requests)]
+        actions = self._denoise(encoding, torch.cat([noise.values for noise in noises]))
+        return [self._reply(*each, encoding, i) for i, each in enumerate(zip(requests, noises, actions, strict=True))]
+
+    def _noise(self, request: Infer, encoding: Encoding) -> _Noise:
+        if request.noise is not None:
+            return _Noise(request.noise, "request")
+        if self.policy is None or not request.steer or not self.policy.enabled:
+            return _Noise(self.base.spec.noise.sample(generators([request.seed]), request.samples), "prior")
+        deterministic = self.deterministic and request.deterministic and request.samples == 1
+        drawn = [
+            self.policy.noise(request.observations, encoding, [request.seed + k], deterministic=deterministic)
+            for k in range(request.samples)
+        ]
+        reason = next((reasons[0] for _, reasons in drawn if reasons[0]), "")
+        return _Noise(torch.cat([noise for noise, _ in drawn], 1), "prior" if reason else "head", reason)
+
+    def _reply(self, request: Infer, noise: _Noise, actions: torch.Tensor, encoding: Encoding, row: int) -> Reply:
+        reply: Reply = {
+            p.ACTIONS: actions.numpy() if request.many else actions[0].numpy(),
+            p.SOURCE: noise.source,
+            p.SEED: request.seed,
+        }
+        if noise.fallback:
+            reply[p.FALLBACK] = noise.fallback
+        if "feature" in request.wants:
+            reply[p.FEATURE] = None if encoding.feature is None else _numpy(encoding.feature[row])
+        if "noise" in request.wants:
+            reply[p.NOISE] = noise.values[0].numpy()
+        return reply
+
+    def _encode(self, observations: Observations) -> Encoding:
+        encoding = self.base.encode(observations)
+        self.counts["prefix_passes"] += 1
+        self.counts["observations"] += encoding.batch
+        return encoding
+
+    def _denoise(self, encoding: Encoding, noise: torch.Tensor) -> torch.Tensor:
+        """(B, K, H, A). Raises ArithmeticError when the base's actions are not finite: no robot is to get them."""
+        actions = self.base.denoise(encoding, noise)
+        self.counts["sampler_runs"] += 1
+        if not torch.isfinite(actions).all():
+            raise ArithmeticError(f"{self.base.spec.uri}: its actions hold NaN or infinity")
+        return actions
+
+
+def batch_key(request: Request) -> Any:
+    """Requests of equal key can share a prefix pass; None: this one goes alone."""
+    if not isinstance(request, Infer):
+        return None
+    shapes = {k: np.shape(v) for k, v in request.observations.items() if k.startswith(IMAGE_PREFIX)}
+    return request.samples, tuple(sorted(shapes.items())), frozenset(request.observations)
+
+
+def _join(batches: Sequence[Observations]) -> Observations:
+    if len(batches) == 1:
+        return batches[0]
+    joined: Observations = {key: np.concatenate([b[key] for b in batches]) for key in batches[0] if key != PROMPT}
+    if PROMPT in batches[0]:
+        joined[PROMPT] = [prompt for b in batches for prompt in b[PROMPT]]
+    return joined
+
+
+def _row(encoding: Encoding, row: int) -> Encoding:
+    """One row of an encoding, for a head, which looks at the feature alone."""
+    feature = encoding.feature
+    return Encoding(1, None if feature is None else feature[row : row + 1], None)
+
+
+def _numpy(feature: torch.Tensor | None) -> np.ndarray | None:
+    return None if feature is None else feature.float().cpu().numpy()
+
+
+def _dummy(spec: ObservationSpec, batch: int) -> Observations:
+    made: Observations = {STATE: np.zeros((batch, spec.state_dim), np.float32)}
+    for name, shape in spec.cameras.items():
+        made[IMAGE_PREFIX + name] = np.zeros((batch, *(shape or (224, 224, 3))), np.uint8)
+    if spec.prompt:
+        made[PROMPT] = ["warm up"] * batch
+    return made

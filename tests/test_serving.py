@@ -1,0 +1,544 @@
+"""The server as its clients see it: openpi's protocol, the reserved keys, the fork's envelope, and who may come in."""
+
+import http.client
+import logging
+import subprocess
+import sys
+import threading
+import time
+from urllib.parse import urlsplit
+
+import numpy as np
+import pytest
+import torch
+from dsrl_vla import SteeredPolicy, SteeringHead
+from dsrl_vla.adapters.flow_mlp import FlowMLP
+from dsrl_vla.errors import DsrlError
+from dsrl_vla.head import HeadConfig
+from dsrl_vla.networks import NetworkConfig
+from dsrl_vla.noise import NoiseLayout
+from dsrl_vla.observation import batch
+from dsrl_vla.serving.keys import PRESETS, KeyMap, parse_keys
+from dsrl_vla.serving.server import PolicyServer, ServerConfig
+from dsrl_vla.serving.service import Handles, Service
+from dsrl_vla.serving.wire import pack, unpack
+from websockets.exceptions import ConnectionClosed, InvalidStatus
+from websockets.sync.client import connect
+
+KEY = "sixteen-characters-or-more"
+
+
+class Line:
+    """A client's end, as plain as can be."""
+
+    def __init__(self, uri, **options):
+        options = {"compression": None, "max_size": None, "proxy": None} | options
+        self.socket = connect(uri, **options)
+        self.metadata = unpack(self.socket.recv())
+
+    def ask(self, message):
+        self.socket.send(pack(message))
+        reply = self.socket.recv(timeout=60)
+        return reply if isinstance(reply, str) else unpack(reply)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.socket.close()
+
+
+def make_head(base, bound=1.0, **more):
+    torch.manual_seed(1)
+    layout = NoiseLayout(base.spec.noise, "repeat", bound)
+    return SteeringHead(HeadConfig.for_base(base.spec, layout, NetworkConfig(width=16, layers=1), **more)).eval()
+
+
+@pytest.fixture(scope="module")
+def head(tiny_pi0):
+    return make_head(tiny_pi0)
+
+
+@pytest.fixture(scope="module")
+def plain(tiny_pi0, served):
+    with Line(served(tiny_pi0).uri) as line:
+        yield line
+
+
+@pytest.fixture(scope="module")
+def steered(tiny_pi0, head, served):
+    with Line(served(tiny_pi0, head).uri) as line:
+        yield line
+
+
+def openpi(seen):
+    """The same observation as a robot written for openpi sends it."""
+    return {
+        "observation/image": seen["observation.images.front"],
+        "observation/wrist_image": seen["observation.images.wrist"],
+        "observation/state": seen["observation.state"].astype(np.float64),
+        "prompt": seen["task"],
+    }
+
+
+def test_a_client_gets_the_bases_own_actions_at_its_seed(plain, tiny_pi0, observation):
+    seen = observation(tiny_pi0)
+    reply = plain.ask({**seen, "dsrl/seed": 5})
+    assert torch.equal(torch.tensor(reply["actions"])[:3], tiny_pi0.act(seen, seed=5))
+    assert reply["actions"].shape == (6, 3) and reply["actions"].dtype == np.float32
+    assert reply["dsrl/source"] == "prior" and reply["dsrl/seed"] == 5
+    assert reply["server_timing"]["infer_ms"] > 0
+
+
+def test_without_a_seed_the_base_draws_afresh_and_says_from_where(plain, tiny_pi0, observation):
+    seen = observation(tiny_pi0)
+    first, second = plain.ask(seen), plain.ask(seen)
+    assert not np.array_equal(first["actions"], second["actions"])
+    again = plain.ask({**seen, "dsrl/seed": second["dsrl/seed"]})
+    assert np.array_equal(again["actions"], second["actions"])
+    assert second["server_timing"]["prev_total_ms"] > 0
+
+
+@pytest.mark.parametrize("images", ["uint8", "float", "channels first"])
+def test_openpis_keys_mean_the_same(plain, tiny_pi0, observation, images):
+    seen = observation(tiny_pi0, size=(32, 48))
+    theirs = openpi(seen)
+    for key in ("observation/image", "observation/wrist_image"):
+        if images == "float":
+            theirs[key] = (theirs[key].astype(np.float32) + 0.25) / 255.25
+            seen["observation.images." + {"observation/image": "front"}.get(key, "wrist")] = (theirs[key] * 255).astype(
+                np.uint8
+            )
+        if images == "channels first":
+            theirs[key] = theirs[key].transpose(2, 0, 1)
+    mine = plain.ask({**seen, "dsrl/seed": 1})
+    assert np.array_equal(plain.ask({**theirs, "dsrl/seed": 1})["actions"], mine["actions"])
+
+
+def test_a_head_steers_whoever_asks(steered, tiny_pi0, head, observation):
+    seen, policy = observation(tiny_pi0), SteeredPolicy(tiny_pi0, head)
+    reply = steered.ask(openpi(seen))
+    assert reply["dsrl/source"] == "head"
+    assert torch.equal(torch.tensor(reply["actions"])[:3], policy.act(seen))
+    sampled = steered.ask({**seen, "dsrl/deterministic": False, "dsrl/seed": 3})
+    assert torch.equal(torch.tensor(sampled["actions"])[:3], policy.act(seen, seed=3, deterministic=False))
+    own = steered.ask({**seen, "dsrl/steer": False, "dsrl/seed": 3})
+    assert own["dsrl/source"] == "prior"
+    assert torch.equal(torch.tensor(own["actions"])[:3], tiny_pi0.act(seen, seed=3))
+
+
+def test_noise_of_the_requests_own(steered, tiny_pi0, observation):
+    seen, rng = observation(tiny_pi0), np.random.default_rng(0)
+    noise = rng.normal(size=(4, 6, 8)).astype(np.float32)
+    expected = tiny_pi0.denoise(tiny_pi0.encode(batch([seen])), torch.from_numpy(noise)[None])[0].numpy()
+    one = steered.ask({**seen, "dsrl/noise": noise[0]})
+    assert one["dsrl/source"] == "request" and one["actions"].shape == (6, 3)
+    assert np.allclose(one["actions"], expected[0], atol=1e-5)
+    assert np.array_equal(steered.ask({**seen, "dsrl/noise": noise[:1]})["actions"], one["actions"])
+    assert np.array_equal(steered.ask({**seen, "dsrl/noise": noise[0].astype(np.float64)})["actions"], one["actions"])
+    assert np.array_equal(steered.ask({**seen, "dsrl/noise": noise[0].tolist()})["actions"], one["actions"])
+    many = steered.ask({**seen, "dsrl/noise": noise})
+    assert np.array_equal(many["actions"], expected)
+    row = steered.ask({**seen, "dsrl/noise": noise[0, :1]})
+    whole = steered.ask({**seen, "dsrl/noise": np.repeat(noise[0, :1], 6, 0)})
+    assert np.array_equal(row["actions"], whole["actions"])
+
+
+def test_several_samples_of_one_observation(steered, plain, tiny_pi0, observation):
+    seen = observation(tiny_pi0)
+    own = plain.ask({**seen, "dsrl/num_samples": 3, "dsrl/seed": 4, "dsrl/return": ["noise"]})
+    assert own["actions"].shape == (3, 6, 3) and own["dsrl/noise"].shape == (3, 6, 8)
+    assert len({a.tobytes() for a in own["actions"]}) == 3
+    drawn = steered.ask({**seen, "dsrl/num_samples": 3, "dsrl/seed": 4, "dsrl/return": ["noise"]})
+    assert len({a.tobytes() for a in drawn["actions"]}) == 3 and np.abs(drawn["dsrl/noise"]).max() <= 1
+    assert plain.ask({**seen, "dsrl/num_samples": 1})["actions"].shape == (1, 6, 3)
+
+
+def test_feature_and_noise_come_only_when_asked_for(steered, tiny_pi0, observation):
+    """openpi's ActionChunkBroker slices every array of a reply by step."""
+    seen = observation(tiny_pi0)
+    arrays = lambda reply: {key for key, value in reply.items() if isinstance(value, np.ndarray)}
+    assert arrays(steered.ask(seen)) == {"actions"}
+    reply = steered.ask({**seen, "dsrl/return": ["feature", "noise"]})
+    assert arrays(reply) == {"actions", "dsrl/feature", "dsrl/noise"}
+    assert np.array_equal(reply["dsrl/feature"], tiny_pi0.encode(batch([seen])).feature[0].numpy())
+    again = steered.ask({**seen, "dsrl/noise": reply["dsrl/noise"]})
+    assert np.array_equal(again["actions"], reply["actions"])
+
+
+def test_the_forks_envelope(steered, tiny_pi0, observation):
+    seen, noise = observation(tiny_pi0), np.random.default_rng(0).normal(size=(1, 6, 8)).astype(np.float32)
+    hidden, cache = steered.ask({"method": "get_prefix_rep", "obs": openpi(seen)})
+    assert np.array_equal(hidden[:, -1, :], tiny_pi0.encode(batch([seen])).feature.numpy()) and cache == []
+    reply = steered.ask({"method": "infer", "obs": openpi(seen) | {"noise": noise}})
+    flat = steered.ask({**seen, "dsrl/noise": noise})
+    assert reply["dsrl/source"] == "request" and np.array_equal(reply["actions"], flat["actions"])
+    assert steered.ask({"method": "infer", "obs": openpi(seen)})["dsrl/source"] == "head"
+    assert "unknown method 'train'" in steered.ask({"method": "train", "obs": {}})
+
+
+def test_the_handshake_says_what_a_client_must_know(steered, plain, tiny_pi0):
+    about = steered.metadata["dsrl"]
+    assert about["protocol"] == 1 and about["noise_shape"] == [6, 8] and about["handles"] is True
+    assert about["layout"] == {"name": "repeat", "bound": 1.0, "columns": "live"}
+    assert about["sha256"] == tiny_pi0.sha256() and plain.metadata["dsrl"]["layout"] is None
+    assert about["spec"]["action_dim"] == 3 and about["spec"]["noise"]["live"] == [True] * 3 + [False] * 5
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"dsrl/noise": np.zeros((5, 8), np.float32)}, "dsrl/noise: expected shape (6, 8), (1, 8) or (K, 6, 8)"),
+        ({"dsrl/noise": np.full((6, 8), np.nan, np.float32)}, "noise: expected finite values"),
+        ({"dsrl/noise": np.full((6, 8), 1e300)}, "noise: expected finite values"),
+        ({"dsrl/noise": "loud"}, "dsrl/noise: expected shape"),
+        ({"dsrl/noise": np.zeros((257, 6, 8), np.float32)}, "with K up to 256"),
+        ({"dsrl/noise": np.zeros((2, 6, 8), np.float32), "dsrl/num_samples": 3}, "dsrl/num_samples: expected the 2"),
+        ({"dsrl/seed": -1}, "dsrl/seed: expected an integer from 0"),
+        ({"dsrl/seed": 1.5}, "dsrl/seed: expected an integer from 0"),
+        ({"dsrl/num_samples": 0}, "dsrl/num_samples: expected an integer from 1 to 256"),
+        ({"dsrl/steer": "no"}, "dsrl/steer: expected true or false"),
+        ({"dsrl/return": ["everything"]}, "unknown thing to return 'everything'"),
+        ({"dsrl/return": "feature"}, "dsrl/return: expected a list"),
+        ({"dsrl/nosie": 1}, "unknown reserved key 'dsrl/nosie'. Did you mean 'dsrl/noise'"),
+        ({"dsrl/op": "train"}, "unknown operation 'train'"),
+        ({"dsrl/op": "denoise", "dsrl/handle": 99, "dsrl/noise": np.zeros((1, 1, 6, 8), np.float32)}, "Encode again"),
+        ({"dsrl/op": "denoise", "dsrl/noise": np.zeros((1, 1, 6, 8), np.float32)}, "dsrl/handle: expected an integer"),
+        ({"dsrl/op": "denoise", "dsrl/handle": 1}, "dsrl/noise: expected an array (B, K, H, D)"),
+        ({"dsrl/op": "encode"}, "observation.state: expected shape (B, 5)"),
+        ({"dsrl/seed": 1, "observation.state": np.zeros(4, np.float32)}, "observation.state: expected shape (B, 5)"),
+        ({"dsrl/seed": 1, "observation.state": "here"}, "observation.state: expected shape"),
+        ({"dsrl/seed": 1, "observation.state": [[1], [2, 3]]}, "observation: expected arrays"),
+        ({"dsrl/seed": 1, "observation.images.front": np.zeros((32, 32, 3))}, "expected uint8"),
+        ({"dsrl/seed": 1, "task": 7}, "prompt: expected text"),
+    ],
+)
+def test_a_bad_request_is_refused_by_name_and_the_connection_lives(plain, tiny_pi0, observation, change, words):
+    seen = observation(tiny_pi0)
+    reply = plain.ask({**seen, **change})
+    assert words in reply["dsrl/error"]["message"] and "Traceback" not in reply["dsrl/error"]["message"]
+    assert plain.ask(seen)["actions"].shape == (6, 3)
+
+
+def test_whoever_knows_nothing_of_us_is_told_in_text(plain, tiny_pi0, observation):
+    """An unmodified openpi-client raises what it is sent as text."""
+    seen = openpi(observation(tiny_pi0))
+    del seen["observation/state"]
+    assert plain.ask(seen).startswith("observation/state: expected to be in the observation, got only observation/im")
+    plain.socket.send("hello")
+    assert "expected a binary frame of msgpack" in plain.socket.recv()
+    assert "expected a dictionary" in plain.ask([1, 2])
+    assert "expected numbers" in plain.ask(openpi(observation(tiny_pi0)) | {"observation/state": "x"})
+    assert "floats in [0, 1]" in plain.ask(openpi(observation(tiny_pi0)) | {"observation/image": np.full((8, 8, 3), 2.0)})
+
+
+class Failing(FlowMLP):
+    """Breaks down when the state's first number says so."""
+
+    def _denoise(self, encoding, noise):
+        if (encoding.feature > 1e6).any():
+            raise RuntimeError("secret: /home/someone/weights")
+        actions = super()._denoise(encoding, noise)
+        return actions * float("nan") if self.poison else actions
+
+    poison = False
+
+    def _encode(self, observations, batch):
+        encoding = super()._encode(observations, batch)
+        if (np.asarray(observations["observation.state"])[:, 0] > 100).any():
+            encoding.feature.fill_(1e7)
+        return encoding
+
+
+def test_a_failure_inside_is_a_number_to_the_client_and_a_traceback_in_the_log(fork_base, served, observation, caplog):
+    base = Failing(fork_base.model)
+    with Line(served(base).uri) as line, caplog.at_level(logging.ERROR):
+        seen = observation(base)
+        said = line.ask({**seen, "observation.state": np.full_like(seen["observation.state"], 200)})
+        assert said.startswith("internal error ") and "secret" not in said
+        number = said.split()[2].rstrip(";")
+        assert any(number in record.getMessage() and record.exc_info for record in caplog.records)
+        base.poison = True
+        assert line.ask({**seen, "dsrl/seed": 1})["dsrl/error"]["kind"] == "internal"  # no robot is to get NaN
+        base.poison = False
+        assert line.ask(seen)["actions"].shape == (4, 2)
+
+
+class Slow(FlowMLP):
+    """Takes its time, some of it computing."""
+
+    seconds = 0.3
+
+    def _denoise(self, encoding, noise):
+        until, product = time.monotonic() + self.seconds, torch.ones(200, 200)
+        while time.monotonic() < until:
+            product = (product @ product).clamp(0, 1)
+        return super()._denoise(encoding, noise)
+
+
+def test_clients_that_ask_together_share_a_prefix_pass(fork_base, served, observation):
+    base, clients = Slow(fork_base.model), 8
+    server = served(base, make_head(base))
+    seen = [observation(base, i) for i in range(clients)]
+    found = [None] * clients
+
+    def ask(i):
+        with Line(server.uri) as line:
+            found[i] = line.ask({**seen[i], "dsrl/steer": i % 2 == 0, "dsrl/seed": i})
+
+    threads = [threading.Thread(target=ask, args=(i,)) for i in range(clients)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert server.service.counts["observations"] == clients
+    assert server.service.counts["prefix_passes"] <= 4
+    policy = SteeredPolicy(fork_base, make_head(fork_base))
+    for i, reply in enumerate(found):
+        expected = policy.act(seen[i]) if i % 2 == 0 else fork_base.act(seen[i], seed=i)
+        assert reply["dsrl/source"] == ("head" if i % 2 == 0 else "prior")
+        assert np.allclose(reply["actions"], expected.numpy(), atol=1e-5)
+
+
+def test_one_clients_trouble_is_not_everybodys(fork_base, observation):
+    from dsrl_vla.serving.requests import Infer
+    from dsrl_vla.serving.worker import Worker
+
+    base = Failing(fork_base.model)
+    worker = Worker(Service(base), max_batch=8)
+    good, bad = batch([observation(base)]), batch([observation(base)])
+    bad["observation.state"] += 200
+    blocked = threading.Event()
+    first = worker.submit(Infer(good, None, 0), Handles(1))
+    first.add_done_callback(lambda _: blocked.wait(10))  # the queue fills up meanwhile
+    futures = [worker.submit(Infer(each, None, 0), Handles(1)) for each in (good, bad, good)]
+    blocked.set()
+    assert futures[0].result(10)["actions"].shape == (4, 2) and futures[2].result(10)["actions"].shape == (4, 2)
+    with pytest.raises(RuntimeError):
+        futures[1].result(10)
+    worker.close()
+
+
+def health(uri):
+    where, start = urlsplit(uri), time.perf_counter()
+    link = http.client.HTTPConnection(where.hostname, where.port, timeout=10)
+    link.request("GET", "/healthz")
+    status = link.getresponse().status
+    link.close()
+    return status, time.perf_counter() - start
+
+
+def test_health_checks_are_answered_while_the_base_is_busy(fork_base, served, observation):
+    base = Slow(fork_base.model)
+    server = served(base)
+    base.seconds = 2.0
+    with Line(server.uri) as line:
+        line.socket.send(pack(observation(base)))
+        time.sleep(0.1)
+        found = [health(server.uri) for _ in range(10)]
+        pong = line.socket.ping()
+        assert pong.wait(1)
+        with pytest.raises(TimeoutError):
+            line.socket.recv(timeout=0)  # it is still at it
+        assert "actions" in unpack(line.socket.recv())
+    assert {status for status, _ in found} == {200}
+    assert np.median([seconds for _, seconds in found]) < 0.05
+
+
+def test_it_warms_up_before_it_listens(fork_base):
+    calls = []
+
+    class Recording(FlowMLP):
+        def _denoise(self, encoding, noise):
+            calls.append(listening)
+            return super()._denoise(encoding, noise)
+
+    listening = False
+    server = PolicyServer(Service(Recording(fork_base.model)), ServerConfig(port=0))
+
+    def now():
+        nonlocal listening
+        listening = True
+        threading.Thread(target=server.stop).start()
+
+    server.serve_forever(now)
+    assert calls and not any(calls)
+
+
+def test_encodings_are_kept_for_a_connection_and_not_without_end(plain, tiny_pi0, observation):
+    seen, noise = batch([observation(tiny_pi0)]), np.zeros((1, 1, 6, 8), np.float32)
+    handles = [plain.ask({**seen, "dsrl/op": "encode"})["dsrl/handle"] for _ in range(6)]
+    ask = lambda handle: plain.ask({"dsrl/op": "denoise", "dsrl/handle": handle, "dsrl/noise": noise})
+    assert [ask(h).get("dsrl/error", {}).get("kind") for h in handles] == ["gone"] * 2 + [None] * 4
+    two = plain.ask({"dsrl/op": "denoise", "dsrl/handle": handles[-1], "dsrl/noise": np.repeat(noise, 2, 0)})
+    assert "noise: expected shape (1, K, 6, 8)" in two["dsrl/error"]["message"]
+    plain.ask({"dsrl/op": "status", "dsrl/release": handles})
+    assert ask(handles[-1])["dsrl/error"]["kind"] == "gone"
+
+
+def test_handles_let_go_of_the_least_recently_used():
+    handles = Handles(2)
+    first, second = handles.keep("a"), handles.keep("b")
+    handles.get(first)
+    handles.keep("c")
+    assert handles.get(first) == "a" and len(handles) == 2
+    with pytest.raises(DsrlError, match="Encode again"):
+        handles.get(second)
+
+
+def test_a_key_keeps_strangers_out(fork_base, served, observation):
+    server = served(fork_base, api_key=KEY)
+    for headers in ({}, {"Authorization": "Api-Key " + KEY[:-1]}, {"Authorization": KEY}, {"Authorization": "Bearer é"}):
+        with pytest.raises(InvalidStatus, match="401"):
+            Line(server.uri, additional_headers=headers)
+    assert health(server.uri)[0] == 200
+    with Line(server.uri, additional_headers={"Authorization": f"Api-Key {KEY}"}) as line:
+        assert "actions" in line.ask(observation(fork_base))
+    assert KEY not in repr(server.config)
+
+
+def test_a_page_in_a_browser_is_turned_away(fork_base, served):
+    with pytest.raises(InvalidStatus, match="403"):
+        Line(served(fork_base).uri, origin="https://example.org")
+
+
+def test_no_more_than_so_many_connections(fork_base, served, observation):
+    server = served(fork_base, max_connections=2)
+    with Line(server.uri), Line(server.uri):
+        with pytest.raises(InvalidStatus, match="503"):
+            Line(server.uri)
+    time.sleep(0.2)
+    with Line(server.uri) as line:
+        assert "actions" in line.ask(observation(fork_base))
+
+
+def test_a_message_over_the_limit_closes_the_connection(fork_base, served, observation):
+    server = served(fork_base)
+    line = Line(server.uri)
+    with pytest.raises(ConnectionClosed) as closed:
+        line.socket.send(bytes(65 * 1024**2))
+        line.socket.recv(timeout=30)
+    assert closed.value.rcvd.code == 1009
+    with Line(server.uri) as line:
+        assert "actions" in line.ask(observation(fork_base))
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"host": "0.0.0.0"}, "expected an API key when listening on '0.0.0.0'"),
+        ({"host": "robot.local"}, "expected an API key when listening on 'robot.local'"),
+        ({"api_key": "short"}, "API key: expected 16 ASCII characters or more"),
+        ({"tls_cert": "cert.pem"}, "expected both a TLS certificate and its key"),
+        ({"max_batch": 0}, "serve.max_batch: expected 1 or more"),
+    ],
+)
+def test_unsafe_or_impossible_settings_are_refused(options, words):
+    with pytest.raises(DsrlError) as error:
+        ServerConfig(**options)
+    assert words in str(error.value)
+    ServerConfig(host="0.0.0.0", api_key=KEY), ServerConfig(host="::1"), ServerConfig(host="127.3.2.1")
+
+
+def test_a_port_in_use_is_said_in_a_sentence(fork_base, served):
+    with pytest.raises(DsrlError, match="serve: expected to listen on 127.0.0.1:"):
+        PolicyServer(Service(fork_base), ServerConfig(port=served(fork_base).port)).start()
+
+
+def test_tls(fork_base, served, observation, tmp_path):
+    import ssl
+
+    from dsrl_vla import load_base
+
+    cert, key = tmp_path / "cert.pem", tmp_path / "key.pem"
+    command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-subj", "/CN=localhost", "-days", "1"]
+    command += ["-addext", "subjectAltName=IP:127.0.0.1", "-keyout", str(key), "-out", str(cert)]
+    try:
+        subprocess.run(command, check=True, capture_output=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        pytest.skip(f"no openssl to make a certificate with: {error}")
+    server = served(fork_base, tls_cert=cert, tls_key=key, api_key=KEY)
+    assert server.uri.startswith("wss://")
+    with pytest.raises(ssl.SSLError):
+        Line(server.uri)
+    with pytest.raises(DsrlError, match="expected a certificate that can be trusted"):
+        load_base(f"remote:{server.uri}", api_key=KEY, deadline_s=5)
+    base = load_base(f"remote:{server.uri}?ca={cert}", api_key=KEY)
+    assert torch.equal(base.act(observation(base), seed=1), fork_base.act(observation(base), seed=1))
+    base.close()
+    with pytest.raises(DsrlError, match="certificate and its key in PEM"):
+        PolicyServer(Service(fork_base), ServerConfig(tls_cert=key, tls_key=key))
+
+
+def test_key_maps():
+    from dsrl_vla.observation import ObservationSpec
+
+    spec = ObservationSpec(3, {"high": None, "left": None})
+    image = np.zeros((4, 5, 3), np.uint8)
+    message = {"state": np.arange(3.0), "images": {"cam_high": image + 1, "cam_left_wrist": image.transpose(2, 0, 1)}}
+    found = PRESETS["aloha"].translate(message, spec, "fold")
+    assert found["observation.images.high"].max() == 1 and found["observation.images.left"].shape == (4, 5, 3)
+    assert found["observation.state"].dtype == np.float32 and found["task"] == "fold"
+    own = parse_keys("left=a>b,high=c,state=q+g,prompt=say")
+    assert own == KeyMap(("q", "g"), {"left": "a>b", "high": "c"}, prompt="say")
+    found = own.translate({"a": {"b": image}, "c": image, "q": [1, 2], "g": 3.0, "say": "go"}, spec)
+    assert found["observation.state"].tolist() == [1, 2, 3] and found["task"] == "go"
+    for text, words in [("libro", "Did you mean 'libero'"), ("a=", "expected <camera>=<openpi's key>")]:
+        with pytest.raises(DsrlError, match=words):
+            parse_keys(text)
+    with pytest.raises(DsrlError, match="unknown camera 'lefft'. Did you mean 'left'"):
+        parse_keys("lefft=a,high=c").check(spec)
+    with pytest.raises(DsrlError, match="a place for camera 'high'"):
+        parse_keys("left=a").check(spec)
+    three = ObservationSpec(3, {"a": None, "b": None, "c": None})
+    with pytest.raises(DsrlError, match="expected a place for each camera of a, b, c"):
+        KeyMap().translate({"observation/state": np.zeros(3)}, three)
+
+
+def start_cli(*argv, **env):
+    """``dsrl-vla serve`` in a process of its own; returns it and the URI it prints."""
+    import os
+
+    command = [sys.executable, "-m", "dsrl_vla.cli", "serve", *map(str, argv), "--port", "0"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=os.environ | env)
+    said = process.stdout.readline()
+    assert said.startswith("serving "), said
+    return process, said.split()[-1]
+
+
+def test_the_command_serves_a_base_with_a_head_until_it_is_told_to_stop(fork_base, fork_folder, tmp_path, observation):
+    head = make_head(fork_base)
+    head.save_pretrained(tmp_path / "head")
+    (tmp_path / "key").write_text(KEY + "\n")
+    options = ["--head", tmp_path / "head", "--api-key-file", tmp_path / "key", "--host", "0.0.0.0", "--threads", "1"]
+    process, uri = start_cli(f"flow-mlp:{fork_folder}", *options)
+    try:
+        headers = {"Authorization": f"Api-Key {KEY}"}
+        with Line(uri.replace("0.0.0.0", "127.0.0.1"), additional_headers=headers) as line:
+            seen = observation(fork_base)
+            reply = line.ask(seen)
+            assert reply["dsrl/source"] == "head"
+            expected = SteeredPolicy(fork_base, head).act(seen).numpy()
+            assert np.allclose(reply["actions"], expected, atol=1e-6)
+            process.terminate()
+            with pytest.raises(ConnectionClosed):
+                line.socket.recv(timeout=20)
+        assert process.wait(20) == 0
+    finally:
+        process.kill()
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["serve", "nowhere"], "serve: expected a base's URI such as 'nano:', or a run's directory, got 'nowhere'"),
+        (["serve", "flow-mlp:x", "--host", "0.0.0.0"], "expected an API key when listening on '0.0.0.0'"),
+        (["serve", "flow-mlp:x", "--api-key-file", "none"], "--api-key-file: expected a file that can be read"),
+        (["serve", "flow-mlp:x", "--keys", "libro"], "unknown key map 'libro'. Did you mean 'libero'"),
+    ],
+)
+def test_what_the_command_refuses(argv, message, capsys):
+    from dsrl_vla.cli import main
+
+    assert main(argv) == 2
+    assert message in capsys.readouterr().err

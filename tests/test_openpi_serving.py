@@ -129,7 +129,7 @@ def test_openpis_runtime_and_chunk_broker_run_on_our_server(base, head, observat
             self.seen, self.executed = [observation(base, seed) for seed in range(12)], []
 
         def reset(self):
-            self.executed.clear()
+            """The runtime also calls this when the episode is over."""
 
         def is_episode_complete(self):
             return len(self.executed) >= len(self.seen)

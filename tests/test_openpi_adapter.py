@@ -1,6 +1,7 @@
 """The adapter `openpi:` over openpi's real models and `Policy`; `make openpi-env` makes the environment."""
 
 import dataclasses
+import json
 import pathlib
 
 import numpy as np
@@ -155,6 +156,18 @@ def test_many_noises_go_through_in_portions(openpi_zoo, observation, monkeypatch
     whole = base.denoise(encoding, noise)
     monkeypatch.setattr(sampling, "ROWS_AT_ONCE", 4)
     assert torch.allclose(base.denoise(encoding, noise), whole, atol=1e-5)
+
+
+def test_the_transforms_are_told_with_their_settings(openpi_zoo):
+    told = openpi_zoo.base("openpi_torch_pi0_float32").processors()
+    assert json.loads(json.dumps(told)) == told
+    assert [name.rpartition(".")[2] for name in told if name.startswith("input.")] == [
+        "LiberoInputs", "DeltaActions", "Normalize", "InjectDefaultPrompt", "ResizeImages", "TokenizePrompt",
+        "PadStatesAndActions",
+    ]  # fmt: skip
+    normalise = next(settings for name, settings in told.items() if name.endswith(".Normalize"))
+    assert normalise["norm_stats"]["state"]["mean"] == openpi_zoo.statistics()["state"].mean.tolist()
+    assert normalise["use_quantiles"] is False
 
 
 def random_image(rng, shape=(48, 64, 3)):

@@ -52,7 +52,6 @@ def test_a_checkpoint_loads_as_openpi_loads_it(checkpoint, registered, observati
     base = load_base(f"openpi:tiny_libero@{checkpoint}?executed_steps=4")
     assert (base.spec.dtype, base.spec.executed_steps) == ("bfloat16", 4)
     assert base.spec.uri == f"openpi:tiny_libero@{checkpoint}?executed_steps=4"
-    assert base.spec.repo_id == f"openpi:tiny_libero@{checkpoint}"
     seen, noise = observation(base), base.spec.noise.sample(generators([0]))
     policy = create_trained_policy(registered, checkpoint, pytorch_device="cpu")
     theirs = policy.infer(

@@ -106,9 +106,9 @@ def test_openpis_keys_mean_the_same(plain, tiny_pi0, observation, images):
     for key in ("observation/image", "observation/wrist_image"):
         if images == "float":
             theirs[key] = (theirs[key].astype(np.float32) + 0.25) / 255.25
-            seen["observation.images." + {"observation/image": "front"}.get(key, "wrist")] = (theirs[key] * 255).astype(
-                np.uint8
-            )
+            seen["observation.images." + {"observation/image": "front"}.get(key, "wrist")] = (
+                theirs[key] * 255
+            ).astype(np.uint8)
         if images == "channels first":
             theirs[key] = theirs[key].transpose(2, 0, 1)
     mine = plain.ask({**seen, "dsrl/seed": 1})
@@ -229,7 +229,9 @@ def test_whoever_knows_nothing_of_us_is_told_in_text(plain, tiny_pi0, observatio
     assert "expected a binary frame of msgpack" in plain.socket.recv()
     assert "expected a dictionary" in plain.ask([1, 2])
     assert "expected numbers" in plain.ask(openpi(observation(tiny_pi0)) | {"observation/state": "x"})
-    assert "floats in [0, 1]" in plain.ask(openpi(observation(tiny_pi0)) | {"observation/image": np.full((8, 8, 3), 2.0)})
+    assert "floats in [0, 1]" in plain.ask(
+        openpi(observation(tiny_pi0)) | {"observation/image": np.full((8, 8, 3), 2.0)}
+    )
 
 
 class Failing(FlowMLP):
@@ -388,7 +390,12 @@ def test_handles_let_go_of_the_least_recently_used():
 
 def test_a_key_keeps_strangers_out(fork_base, served, observation):
     server = served(fork_base, api_key=KEY)
-    for headers in ({}, {"Authorization": "Api-Key " + KEY[:-1]}, {"Authorization": KEY}, {"Authorization": "Bearer é"}):
+    for headers in (
+        {},
+        {"Authorization": "Api-Key " + KEY[:-1]},
+        {"Authorization": KEY},
+        {"Authorization": "Bearer é"},
+    ):
         with pytest.raises(InvalidStatus, match="401"):
             Line(server.uri, additional_headers=headers)
     assert health(server.uri)[0] == 200
@@ -404,9 +411,8 @@ def test_a_page_in_a_browser_is_turned_away(fork_base, served):
 
 def test_no_more_than_so_many_connections(fork_base, served, observation):
     server = served(fork_base, max_connections=2)
-    with Line(server.uri), Line(server.uri):
-        with pytest.raises(InvalidStatus, match="503"):
-            Line(server.uri)
+    with Line(server.uri), Line(server.uri), pytest.raises(InvalidStatus, match="503"):
+        Line(server.uri)
     time.sleep(0.2)
     with Line(server.uri) as line:
         assert "actions" in line.ask(observation(fork_base))

@@ -50,8 +50,7 @@ def load(source: str, *, dtype: str = "bfloat16", device: str = "", uri: str = "
     if config.model.model_type == ModelType.PI0_FAST:
         raise not_a_flow(uri, name)
     policy = _build(config, _fetch(name, checkpoint), dtype, device)
-    # The same weights under other options are the same base.
-    return OpenPi(policy, config=name, uri=uri, repo_id=f"openpi:{name}@{checkpoint}", **{**asked, **options})
+    return OpenPi(policy, config=name, uri=uri, **{**asked, **options})
 
 
 def parse(source: str) -> tuple[str, str, dict[str, Any]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -52,7 +53,6 @@ class OpenPi(FrozenPolicy):
         pool: Pool = "mean",
         config: str = "",
         uri: str = "",
-        repo_id: str = "",
     ):
         if pool not in ("mean", "last_pad"):
             raise bad("openpi pool", "mean or last_pad", f"'{pool}'")
@@ -75,7 +75,6 @@ class OpenPi(FrozenPolicy):
             sampler_steps=self.sampler.steps,
             feature_dim=self.sampler.feature_dim,
             dtype=self.sampler.dtype,
-            repo_id=repo_id,
         )
 
     @property
@@ -104,6 +103,15 @@ class OpenPi(FrozenPolicy):
     def state_dict(self) -> Mapping[str, torch.Tensor]:
         return self.sampler.state_dict()
 
+    def processors(self) -> dict[str, Any]:
+        """openpi's transforms in their order, each with its settings: statistics, form of the prompt, deltas."""
+        sides = {"input": self.policy._input_transform, "output": self.policy._output_transform}
+        return {
+            f"{side}.{index}.{type(transform).__name__}": _plain(transform)
+            for side, composed in sides.items()
+            for index, transform in enumerate(composed.transforms)
+        }
+
     def _finish(self, state: np.ndarray, actions: np.ndarray) -> np.ndarray:
         """Normalised (H, D) to float32 (H, A) in environment units. Transforms may write into what they get."""
         done = self.policy._output_transform({"state": state.copy(), "actions": actions.copy()})
@@ -115,6 +123,17 @@ class OpenPi(FrozenPolicy):
         if len(shape) != 2 or shape[0] != horizon or not 1 <= shape[1] <= dim:
             raise bad(f"{uri}: actions after its output transforms", f"shape ({horizon}, 1 to {dim})", shape)
         return shape[1]
+
+
+def _plain(value: Any) -> Any:
+    """Settings as JSON has them; of what has no such form, the name of its type."""
+    if dataclasses.is_dataclass(value):
+        return {field.name: _plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple, np.ndarray, np.generic)):
+        return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value.tolist()
+    return value if isinstance(value, (str, int, float, type(None))) else type(value).__name__
 
 
 def missing_openpi(error: ImportError) -> MissingExtraError:

@@ -93,7 +93,10 @@ class OpenPiZoo:
     """openpi's real models and `Policy`, tiny and randomised, each built once."""
 
     def __init__(self, folder):
+        from openpi.models import siglip
+
         self.folder, self.policies, self.bases = folder, {}, {}
+        self.whole_tower = siglip.decode_variant
 
     def policy(self, name):
         if name not in self.policies:
@@ -124,8 +127,9 @@ def openpi_zoo(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("OPENPI_DATA_HOME", str(folder))
         write_paligemma_tokenizer(folder / "big_vision" / "paligemma_tokenizer.model")
+        zoo = OpenPiZoo(folder)
         shrink_vision_towers(patch)
-        yield OpenPiZoo(folder)
+        yield zoo
 
 
 def shrink_vision_towers(patch):

@@ -133,6 +133,29 @@ def test_a_decision_runs_the_prefix_once(name, openpi_zoo, observation, monkeypa
     assert len(calls) == 2
 
 
+@pytest.mark.parametrize(("pi05", "tokens"), [(False, 816), (True, 968)])
+def test_at_full_size_the_compiled_parts_fit_together(pi05, tokens, openpi_zoo, monkeypatch):
+    """By shapes alone: three billion weights are traced, none is made."""
+    import jax
+    import jax.numpy as jnp
+    from dsrl_vla.adapters.openpi.jax_sampler import JaxSampler
+    from flax import nnx
+    from openpi.models import siglip
+    from openpi.models.pi0_config import Pi0Config
+
+    monkeypatch.setattr(siglip, "decode_variant", openpi_zoo.whole_tower)
+    config = Pi0Config(pi05=pi05)
+    sampler = JaxSampler(nnx.eval_shape(config.create, jax.random.key(0)), 10, "mean")
+    assert sum(leaf.size for leaf in jax.tree.leaves(sampler._weights)) > 3.2e9
+    seen, _ = config.inputs_spec(batch_size=2)
+    feature, cache, mask = jax.eval_shape(sampler._prefix, sampler._weights, seen)
+    assert feature.shape == (2, 2048) and feature.dtype == jnp.float32
+    assert [(part.shape, part.dtype) for part in cache] == [((18, 2, tokens, 1, 256), jnp.bfloat16)] * 2
+    rows, noise = jax.ShapeDtypeStruct((16,), jnp.int32), jax.ShapeDtypeStruct((16, 50, 32), jnp.float32)
+    actions = jax.eval_shape(sampler._denoise, sampler._weights, cache, mask, seen.state, rows, noise)
+    assert actions.shape == (16, 50, 32) and actions.dtype == jnp.float32
+
+
 @pytest.mark.parametrize("framework", ["jax", "torch"])
 def test_the_policys_own_number_of_steps_is_taken(framework, openpi_zoo, observation):
     from dsrl_vla.adapters.openpi import OpenPi

@@ -5,16 +5,19 @@ PYTHON ?= python3
 TORCH ?= torch>=2.7
 VENV ?= .venv
 BIN := $(VENV)/bin
+OPENPI_VENV ?= .venv-openpi
+OPENPI_BIN := $(OPENPI_VENV)/bin
 OUT ?= runs/demo
 JOBS ?= auto
 
-.PHONY: demo test lint bench-metaworld clean
+.PHONY: demo test lint bench-metaworld openpi-env test-openpi clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo   set up, steer the embedded base to success, leave $(OUT)/"
 	@echo "make test   set up, run the tests"
 	@echo "make lint   ruff and mypy"
+	@echo "make openpi-env   an environment with openpi, in $(OPENPI_VENV) (2 GB); make test then runs its tests too"
 	@echo "make bench-metaworld   the README's table again (about two hours on two cores)"
 
 $(VENV)/ready: setup.cfg pyproject.toml
@@ -32,6 +35,7 @@ demo: $(VENV)/ready
 
 test: $(VENV)/ready
 	$(BIN)/python -m pytest -n $(JOBS)
+	$(if $(wildcard $(OPENPI_VENV)/ready),$(MAKE) test-openpi)
 
 lint: $(VENV)/ready
 	$(BIN)/ruff check --config .ci/ruff.toml .
@@ -41,5 +45,23 @@ lint: $(VENV)/ready
 bench-metaworld: $(VENV)/ready
 	$(BIN)/python benchmarks/steer_metaworld.py
 
+# openpi and LeRobot exclude each other, and openpi excludes numpy 2: it gets an environment of its own.
+# rlinf-openpi declares CUDA builds and LeRobot, hence --no-deps and a list of what it really imports.
+$(OPENPI_VENV)/ready: setup.cfg pyproject.toml adapters/openpi/requirements.txt
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 13))' || \
+	  { echo "openpi-env: expected Python 3.11 or 3.12, got $$($(PYTHON) --version). Set PYTHON=<one of these>."; exit 2; }
+	$(PYTHON) -m venv $(OPENPI_VENV)
+	$(OPENPI_BIN)/python -m pip install --quiet --upgrade pip
+	$(OPENPI_BIN)/python -m pip install --quiet "$(TORCH)"
+	$(OPENPI_INSTALL) -r adapters/openpi/requirements.txt
+	$(OPENPI_INSTALL) --no-deps rlinf-openpi==0.1.1 rlinf-transformer-openpi==4.53.2 -e .
+	touch $@
+OPENPI_INSTALL = $(if $(shell command -v uv),uv pip install --python $(OPENPI_BIN)/python,$(OPENPI_BIN)/python -m pip install) --quiet
+
+openpi-env: $(OPENPI_VENV)/ready
+
+test-openpi: $(OPENPI_VENV)/ready
+	$(OPENPI_BIN)/python -m pytest tests/test_openpi_*.py tests/test_adapter_battery.py
+
 clean:
-	rm -rf $(VENV) build *.egg-info
+	rm -rf $(VENV) $(OPENPI_VENV) build *.egg-info

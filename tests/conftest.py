@@ -19,6 +19,7 @@ def one_thread():
 
 def randomised_pi0(cameras=("front", "wrist"), executed_steps=3, seed=0):
     """A tiny real π0 with two cameras whose weights are all random: a fresh one can ignore its inputs."""
+    pytest.importorskip("transformers", minversion="5.4")
     from dsrl_vla.adapters.pi0_processing import Pi0Processing, Pi0Statistics
     from dsrl_vla.adapters.transformers_pi0 import TransformersPi0
     from dsrl_vla.nano.model import NanoConfig, build_model, build_tokenizer
@@ -61,6 +62,7 @@ def tiny_pi0_bf16(tiny_pi0, tmp_path_factory):
 def nano():
     from dsrl_vla import load_base
 
+    pytest.importorskip("transformers", minversion="5.4")
     return load_base("nano:")
 
 
@@ -79,6 +81,178 @@ def fork_folder(fork_base, tmp_path_factory):
     folder = tmp_path_factory.mktemp("fork")
     fork_base.save_pretrained(folder)
     return folder
+
+
+OPENPI = {
+    f"openpi_{framework}_{model}_{dtype}": (framework, model == "pi05", dtype)
+    for framework in ("jax", "torch") for model in ("pi0", "pi05") for dtype in ("float32", "bfloat16")
+}  # fmt: skip
+
+
+class OpenPiZoo:
+    """openpi's real models and `Policy`, tiny and randomised, each built once."""
+
+    def __init__(self, folder):
+        from openpi.models import siglip
+
+        self.folder, self.policies, self.bases = folder, {}, {}
+        self.whole_tower = siglip.decode_variant
+
+    def policy(self, name):
+        if name not in self.policies:
+            self.policies[name] = self.build(*OPENPI[name])
+        return self.policies[name]
+
+    def base(self, name):
+        from dsrl_vla.adapters.openpi import OpenPi
+
+        if name not in self.bases:
+            self.bases[name] = OpenPi(self.policy(name), uri=f"openpi:{name}")
+        return self.bases[name]
+
+    def build(self, *arguments, **options):
+        return tiny_openpi_policy(*arguments, **options)
+
+    config = staticmethod(lambda *arguments: tiny_openpi_config(*arguments))
+    model = staticmethod(lambda *arguments: tiny_openpi_model(*arguments))
+    data = staticmethod(lambda pi05: libero_data_config(pi05))
+    statistics = staticmethod(lambda *sizes: openpi_statistics(*sizes))
+
+
+@pytest.fixture(scope="session")
+def openpi_zoo(tmp_path_factory):
+    os.environ["TORCHDYNAMO_DISABLE"] = "1"  # openpi's PyTorch model compiles itself, which takes minutes on a CPU
+    pytest.importorskip("openpi.policies.policy")
+    folder = tmp_path_factory.mktemp("openpi")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OPENPI_DATA_HOME", str(folder))
+        write_paligemma_tokenizer(folder / "big_vision" / "paligemma_tokenizer.model")
+        zoo = OpenPiZoo(folder)
+        shrink_vision_towers(patch)
+        yield zoo
+
+
+def shrink_vision_towers(patch):
+    """openpi's "dummy" sizes shrink the language models alone; its vision tower would stay 400 million weights."""
+    from openpi.models import siglip
+    from openpi.models_pytorch import gemma_pytorch
+
+    whole = gemma_pytorch.PaliGemmaForConditionalGeneration
+
+    def small(config):
+        vision = config.vision_config
+        vision.hidden_size, vision.intermediate_size, vision.num_attention_heads = 32, 64, 2
+        vision.num_hidden_layers, vision.patch_size = 1, 28
+        vision.projection_dim = config.text_config.hidden_size
+        return whole(config=config)
+
+    tower = {"width": 32, "depth": 1, "mlp_dim": 64, "num_heads": 2, "patch_size": (28, 28)}
+    patch.setattr(siglip, "decode_variant", lambda _: tower)
+    patch.setattr(gemma_pytorch, "PaliGemmaForConditionalGeneration", small)
+
+
+def write_paligemma_tokenizer(path):
+    """A small tokenizer of PaliGemma's kind, in the place where openpi keeps the downloaded one."""
+    import io
+
+    import sentencepiece
+
+    words = [
+        "open the drawer",
+        "push and close the window",
+        "pick up the black bowl",
+        "Task: , State: 0 1 2;",
+        "Action",
+    ]
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(words * 20), model_writer=model, vocab_size=320, model_type="bpe", byte_fallback=True,
+        minloglevel=2,
+    )  # fmt: skip
+    path.parent.mkdir()
+    path.write_bytes(model.getvalue())
+
+
+def tiny_openpi_config(pi05, dtype="bfloat16"):
+    from openpi.models.pi0_config import Pi0Config
+
+    return Pi0Config(
+        paligemma_variant="dummy", action_expert_variant="dummy", pi05=pi05, dtype=dtype, action_horizon=8,
+        max_token_len=128 if pi05 else 24,
+    )  # fmt: skip
+
+
+def tiny_openpi_model(framework, config, seed=0):
+    """openpi's own class, all weights random: a freshly made one is blind to its images or its whole prefix."""
+    import numpy as np
+
+    rng = np.random.default_rng(seed)
+    if framework == "torch":
+        from openpi.models_pytorch.pi0_pytorch import PI0Pytorch
+
+        torch.manual_seed(seed)
+        model = PI0Pytorch(config)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(torch.from_numpy(0.05 * rng.standard_normal(parameter.shape, dtype=np.float32)))
+        return model
+    import jax
+    import jax.numpy as jnp
+    from flax import nnx
+
+    def draw(leaf):
+        scale = 0.3 if leaf.ndim < 2 else leaf.shape[-2] ** -0.5
+        return jnp.asarray(scale * rng.standard_normal(leaf.shape, dtype=np.float32), config.dtype)
+
+    graph, shapes = nnx.split(nnx.eval_shape(config.create, jax.random.key(seed)))
+    return nnx.merge(graph, jax.tree.map(draw, shapes))
+
+
+def openpi_statistics(state=8, actions=7):
+    """Of a state and of actions; by default as wide as LIBERO's."""
+    import numpy as np
+    from openpi.shared.normalize import NormStats
+
+    def make(size):
+        mean, std = np.linspace(-0.2, 0.2, size), np.linspace(0.5, 1.5, size)
+        return NormStats(mean=mean, std=std, q01=mean - 2 * std, q99=mean + 2 * std)
+
+    return {"state": make(state), "actions": make(actions)}
+
+
+def libero_data_config(pi05):
+    from openpi.training.config import AssetsConfig, LeRobotLiberoDataConfig
+
+    return LeRobotLiberoDataConfig(
+        repo_id="tiny/libero", assets=AssetsConfig(asset_id="libero"), extra_delta_transform=not pi05
+    )
+
+
+def tiny_openpi_policy(framework, pi05, dtype, data=None, statistics=None, **options):
+    """The real `Policy`, put together as `create_trained_policy` does; by default with openpi's LIBERO transforms."""
+    import pathlib
+
+    from openpi import transforms
+    from openpi.policies.policy import Policy
+
+    config = tiny_openpi_config(pi05, dtype)
+    data = (data or libero_data_config(pi05)).create(pathlib.Path("none"), config)
+    statistics, quantiles = statistics or openpi_statistics(), data.use_quantile_norm
+    return Policy(
+        tiny_openpi_model(framework, config),
+        transforms=[
+            *data.data_transforms.inputs,
+            transforms.Normalize(statistics, use_quantiles=quantiles),
+            *data.model_transforms.inputs,
+        ],
+        output_transforms=[
+            *data.model_transforms.outputs,
+            transforms.Unnormalize(statistics, use_quantiles=quantiles),
+            *data.data_transforms.outputs,
+        ],
+        is_pytorch=framework == "torch",
+        **options,
+    )
 
 
 @pytest.fixture

@@ -10,11 +10,20 @@ from dsrl_vla.noise import NoiseLayout, generators
 from dsrl_vla.observation import batch, unsqueeze
 
 BASES = ["nano", "tiny_pi0", "tiny_pi0_bf16", "fork_base"]
+# A float32 and a bfloat16 one of each framework, a π0 and a π0.5 of each dtype; skipped where openpi is not.
+BASES += [
+    "openpi_jax_pi0_float32",
+    "openpi_jax_pi05_bfloat16",
+    "openpi_torch_pi0_bfloat16",
+    "openpi_torch_pi05_float32",
+]
 BASES += ["remote_pi0", "remote_fork"]
 
 
 @pytest.fixture(params=BASES)
 def base(request):
+    if request.param.startswith("openpi_"):
+        return request.getfixturevalue("openpi_zoo").base(request.param)
     return request.getfixturevalue(request.param)
 
 

@@ -41,7 +41,8 @@ class FlowStep(Split):
             arguments = self.reach(self.batch(batch))
         for per_step in ("x_t", "timestep"):
             del arguments[per_step]
-        return pool(seen[0], arguments["prefix_pad_masks"]), Prefix.of(arguments)
+        feature = pool(seen[0], arguments["prefix_pad_masks"])
+        return feature, Prefix.of(arguments, len(feature))
 
     def feature(self, arguments: Mapping[str, Any]) -> torch.Tensor:
         raise AssertionError("the feature is the backbone's output, which the seam is not handed")

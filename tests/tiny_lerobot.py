@@ -132,9 +132,10 @@ def _paligemma_tokenizer(folder):
 
 
 def _smolvlm(folder):
-    from dsrl_vla.adapters.lerobot.nano import VLM_TOKENS, SmolNanoConfig, save_vlm
+    from dsrl_vla.adapters.lerobot.nano import VLM_TOKENS, save_vlm
+    from dsrl_vla.nano.model import NanoConfig
 
-    sizes = SmolNanoConfig(image_size=IMAGE, vision_width=32, vision_layers=1, vlm_width=32, layers=2, heads=2)
+    sizes = NanoConfig(image_size=IMAGE, vision_width=32, vision_layers=1, vlm_width=32, layers=2, heads=2, head_dim=16)
     save_vlm(folder, sizes, byte_tokenizer(named=VLM_TOKENS))
 
 

@@ -46,6 +46,19 @@ def replaced(owner: Any, name: str, function: Callable[..., Any]) -> Iterator[No
         object.__delattr__(owner, name)
 
 
+@contextlib.contextmanager
+def watched(owner: Any, name: str) -> Iterator[list[Any]]:
+    """Within this context, what every call of ``owner.name`` returns is also put into the list."""
+    function, seen = getattr(owner, name), []
+
+    def watching(*args: Any, **kwargs: Any) -> Any:
+        seen.append(function(*args, **kwargs))
+        return seen[-1]
+
+    with replaced(owner, name, watching):
+        yield seen
+
+
 def arguments_at(owner: Any, name: str, run: Callable[[], Any]) -> dict[str, Any]:
     """Run `run` until it calls ``owner.name``; return that call's arguments by name. The call is not made.
 

@@ -25,7 +25,7 @@ def byte_tokenizer(extra=(), named=None, **special):
 
     special = {"pad_token": "<pad>", "bos_token": "<bos>", "eos_token": "<eos>", "unk_token": "<unk>"} | special
     named = named or {}
-    words = [*dict.fromkeys([*special.values(), *named.values(), *extra, *pre_tokenizers.ByteLevel.alphabet()])]
+    words = [*dict.fromkeys([*special.values(), *named.values(), *extra, *sorted(pre_tokenizers.ByteLevel.alphabet())])]
     tokenizer = Tokenizer(models.BPE({w: i for i, w in enumerate(words)}, [], unk_token=special["unk_token"]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()

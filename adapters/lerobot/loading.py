@@ -61,7 +61,7 @@ def load(
     split_class.refuse(policy_config)
     if not (folder / "model.safetensors").exists():
         raise bad(f"base '{source}'", "a model.safetensors", "none in that folder")
-    with _extra(kind), _quiet():
+    with _explained(kind, source), _quiet():
         policy = _policy_class(kind).from_pretrained(folder, config=policy_config)
     split = split_class(policy)
     if dtype != "float32":
@@ -144,31 +144,33 @@ def _processors(folder: Path, source: str, config: Any, device: str) -> tuple[An
             if local:
                 overrides[side][key.rpartition(".")[2]] = local
     overrides["pre"]["device_processor"] = {"device": device}
-    try:
-        with _extra(config.type), _quiet():
-            return make_pre_post_processors(
-                config,
-                str(folder),
-                preprocessor_overrides=overrides["pre"],
-                postprocessor_overrides=overrides["post"],
-            )
-    except OSError as error:
-        raise DsrlError(
-            f"{source}: expected its processors to load, got: {error} Offline, put the repository that is missing "
-            f"(a tokenizer, say) into a subfolder of the policy's folder that has its last name."
-        ) from error
+    with _explained(config.type, source), _quiet():
+        return make_pre_post_processors(
+            config,
+            str(folder),
+            preprocessor_overrides=overrides["pre"],
+            postprocessor_overrides=overrides["post"],
+        )
 
 
 @contextlib.contextmanager
-def _extra(kind: str) -> Iterator[None]:
-    """Turn a missing package into the command that installs it."""
+def _explained(kind: str, source: str) -> Iterator[None]:
+    """Say in a line which package or file a policy lacks, and how to get it."""
     try:
         yield
+    except DsrlError:
+        raise
     except ImportError as error:
         extra = KNOWN[kind].extra
         raise MissingExtraError(
             f"a '{kind}' policy needs LeRobot's extra '{extra}', of which something is missing ({error}). "
             f"Install it with: pip install 'lerobot[{extra}]'"
+        ) from error
+    except (OSError, ValueError) as error:  # LeRobot turns the one into the other
+        raise DsrlError(
+            f"{source}: expected LeRobot to load it, got: {' '.join(str(error).split())} Where this is about a "
+            "repository that cannot be reached (a tokenizer, say): put it into a subfolder of the policy's folder "
+            "that has the repository's last name."
         ) from error
 
 

@@ -1,6 +1,7 @@
 """One battery over every base: whatever an adapter wraps, this is what the rest of the package relies on."""
 
 import pytest
+import tiny_lerobot
 import torch
 from dsrl_vla import SteeredPolicy, SteeringHead, probe
 from dsrl_vla.errors import DsrlError
@@ -18,13 +19,15 @@ BASES += [
     "openpi_torch_pi05_float32",
 ]
 BASES += ["remote_pi0", "remote_fork"]
+BASES += [f"lerobot:{kind}" for kind in tiny_lerobot.KINDS]  # skipped where LeRobot is not installed
 
 
 @pytest.fixture(params=BASES)
 def base(request):
     if request.param.startswith("openpi_"):
         return request.getfixturevalue("openpi_zoo").base(request.param)
-    return request.getfixturevalue(request.param)
+    name, _, kind = request.param.partition(":")
+    return request.getfixturevalue("lerobot_base")(kind) if kind else request.getfixturevalue(name)
 
 
 @pytest.fixture
@@ -86,7 +89,10 @@ def test_the_probe_accepts_it_and_sees_what_matters(base, observation):
     assert len(report.per_column) == base.spec.noise.dim
     assert (report.image_effect is None) == (not base.spec.observation.cameras)
     if base.spec.observation.cameras:
-        assert report.image_effect > 0 and report.prompt_effect > 0
+        assert report.image_effect > 0
+    assert (report.prompt_effect is None) == (not base.spec.observation.prompt)
+    if base.spec.observation.prompt:
+        assert report.prompt_effect > 0
 
 
 def test_bad_noise_and_bad_observations_are_refused(base, observation):

@@ -59,7 +59,7 @@ class HeadConfig:
 
     @classmethod
     def for_base(cls, spec: PolicySpec, layout: NoiseLayout, network: NetworkConfig, **more: Any) -> HeadConfig:
-        """The config of a new head for a base; pass its ``fingerprint=`` to have the head know it by more than name."""
+        """The config of a new head for a base; with its ``fingerprint=`` the head knows it by more than name."""
         from . import __version__
 
         return cls(

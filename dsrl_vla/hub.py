@@ -224,5 +224,7 @@ def inspect(source: str, revision: str | None = None, **options: Any) -> dict[st
         found["fingerprint"] = {name: value or "unknown" for name, value in parts.items()}
     if (folder / EVAL).is_file():
         result = json.loads((folder / EVAL).read_text())
-        found["evaluation"] = {k: result.get(k) for k in ("task", "episodes", "seeds", "base", "steered", "difference")}
+        found["evaluation"] = {
+            k: result.get(k) for k in ("task", "episodes", "seeds", "base", "steered", "difference")
+        }
     return found

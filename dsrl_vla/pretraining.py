@@ -22,8 +22,8 @@ from .nano.clone import CloneConfig, clone
 from .nano.demos import DemoConfig, Demos, collect
 from .nano.model import NanoConfig
 from .observation import IMAGE_PREFIX, PROMPT, Observations
-from .policy import Encoding, FrozenPolicy
 from .plain import from_plain
+from .policy import Encoding, FrozenPolicy
 from .recipes import shipped
 from .rollout import TaskConfig, VectorTask
 from .run_dir import disk_errors, write_json, write_text

@@ -94,6 +94,8 @@ class TrainConfig:
     """Stop before `env_steps` once two validations in a row reach this success."""
     checkpoint_every: int = 5_000
     """Environment steps between checkpoints."""
+    max_faults: int = 20
+    """Losses, rewards, observations and actions that are not finite to skip, before the run stops."""
     seed: int = 0
     threads: int = 1
     """Torch threads; small networks are fastest, and repeatable, on one."""
@@ -101,7 +103,7 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         counts = ("learning_starts", "replay_capacity", "validate_every", "validation_episodes")
-        for name in (*counts, "checkpoint_every", "threads"):
+        for name in (*counts, "checkpoint_every", "max_faults", "threads"):
             if getattr(self, name) < 1:
                 raise bad(f"train.{name}", "1 or more", getattr(self, name))
         if self.stop_at is not None and not 0 < self.stop_at <= 1:

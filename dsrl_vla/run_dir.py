@@ -93,11 +93,26 @@ class Metrics:
 
     def __init__(self, path: Path):
         self.path = path
+        self.pending: list[dict[str, Any]] = []
+        """Lines that the disk has not taken yet."""
 
     def append(self, row: dict[str, Any]) -> None:
-        """Add a line."""
-        with disk_errors(self.path.parent), self.path.open("a") as file:
-            file.write(json.dumps(row) + "\n")
+        """Add a line; one that cannot be written is kept, and written with the next that can."""
+        self.pending.append(row)
+        self.flush()
+
+    def flush(self) -> None:
+        """Write what is pending."""
+        try:
+            with disk_errors(self.path.parent), self.path.open("a+b") as file:
+                size = file.seek(0, os.SEEK_END)
+                file.seek(max(0, size - 1))
+                torn = size and file.read(1) != b"\n"
+                lines = "".join(json.dumps(row) + "\n" for row in self.pending)
+                file.write(("\n" * bool(torn) + lines).encode())
+            self.pending.clear()
+        except (DsrlError, OSError) as error:
+            log.warning("%s: %d lines wait to be written: %s", self.path.name, len(self.pending), error)
 
     def rows(self) -> list[dict[str, Any]]:
         """All lines; a last one that a crash cut short is left out."""

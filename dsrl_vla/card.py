@@ -27,7 +27,7 @@ def head_card(config: HeadConfig, folder: Path) -> str:
         version=config.dsrl_vla_version,
         task=f"`{result['task']}`" if result else "(not recorded)",
         results=_results(result, folder) if result else "It was pushed without an evaluation.\n",
-        uri=json.dumps(result["base_uri"] if result else f"{config.adapter}:{config.base_model_name_or_path}"),
+        uri=json.dumps(result["base_uri"] if result else _uri(config)),
         source='"<this repository>"',
         executed=config.executed_steps,
         actions=config.action_dim or "A",
@@ -44,6 +44,14 @@ def head_card(config: HeadConfig, folder: Path) -> str:
         footnote=f"\nThe whole recipe is in `{RECIPE}`." if (folder / RECIPE).is_file() else "",
     )
     return f"---\n{_metadata(config, result).to_yaml()}\n---\n{body}"
+
+
+def _uri(config: HeadConfig) -> str:
+    """How to load the base, as far as the config tells."""
+    name = config.base_model_name_or_path
+    if ":" in name:
+        return name
+    return f"{config.adapter}:{name}" + (f"@{config.revision}" if config.revision else "")
 
 
 def _metadata(config: HeadConfig, result: dict[str, Any] | None) -> Any:

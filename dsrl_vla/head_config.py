@@ -94,6 +94,8 @@ class HeadConfig:
         """
         try:
             raw = json.loads(text)
+            if not isinstance(raw, dict):
+                raise TypeError(type(raw).__name__)
             _refuse_the_absurd(raw)
             config: HeadConfig = from_plain(cls, raw, "", f"key of {CONFIG}")
         except DsrlError:

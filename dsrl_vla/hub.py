@@ -6,20 +6,25 @@ huggingface_hub's `PyTorchModelHubMixin` is not used: it falls back to a pickle,
 
 from __future__ import annotations
 
+import json
 import shutil
 import tempfile
 from collections.abc import Collection
+from dataclasses import replace
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .artefact import CARD, CURVES, EVAL, HEAD_FILES, LARGEST, RECIPE, VIDEO, check_folder, check_size, read_config
 from .errors import DsrlError, bad, unknown
+from .head_config import HeadConfig
 from .manifest import write_manifest
+from .pairing import check_pair
 from .run_dir import disk_errors
 
 if TYPE_CHECKING:
     from .head import SteeringHead
+    from .recipe import Recipe
 
 SHELF = "shipped:"
 
@@ -43,8 +48,7 @@ def fetch(
 ) -> Path:
     """The folder of a head: itself, one of the shelf (``shipped:<recipe>``), or a repository's in the Hub's cache.
 
-    Sizes are looked at before anything is downloaded, and what is downloaded is the commit they were looked at on.
-    Without a network, or offline, the cache answers.
+    Sizes are looked at before anything is downloaded. Without a network, or offline, the cache answers.
 
     Raises:
         DsrlError: no such folder, head or repository; a file that is too large.
@@ -65,8 +69,7 @@ def fetch(
     offline = local_files_only or constants.HF_HUB_OFFLINE
     try:
         if not offline:
-            found = _commit(HfApi(endpoint=endpoint, token=token), name, revision, files)
-            offline, revision = found is None, found or revision
+            offline = not _check_remote(HfApi(endpoint=endpoint, token=token), name, revision, files)
         path = snapshot_download(
             name,
             revision=revision,
@@ -85,8 +88,12 @@ def fetch(
     return Path(path)
 
 
-def _commit(api: Any, repo_id: str, revision: str | None, files: Collection[str]) -> str | None:
-    """The commit a revision stands for, its files' sizes checked; None when the Hub cannot be reached."""
+def _check_remote(api: Any, repo_id: str, revision: str | None, files: Collection[str]) -> bool:
+    """Check the sizes of a repository's files; False when the Hub cannot be reached.
+
+    Raises:
+        DsrlError: a file is too large.
+    """
     from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
     try:
@@ -94,15 +101,15 @@ def _commit(api: Any, repo_id: str, revision: str | None, files: Collection[str]
     except HfHubHTTPError:
         raise
     except (OfflineModeIsEnabled, OSError):
-        return None
+        return False
     except Exception as error:
         if type(error).__module__.partition(".")[0] in ("httpx", "httpx2", "httpcore", "requests"):
-            return None
+            return False
         raise
     for sibling in info.siblings or ():
         if sibling.rfilename in files:
             check_size(sibling.rfilename, sibling.size or 0, repo_id)
-    return info.sha
+    return True
 
 
 def write_artefact(head: SteeringHead, folder: Path, run: Path | None = None) -> None:
@@ -169,6 +176,21 @@ def push(
     return str(commit.commit_url)
 
 
+def with_fingerprint(head: SteeringHead, recipe: Recipe) -> SteeringHead:
+    """A head that knows its base by fingerprint; one that does not yet is told, by loading its recipe's base.
+
+    Raises:
+        MismatchError: that base is not the head's.
+    """
+    if head.config.fingerprint is None:
+        base = recipe.base.load()
+        check_pair(head.config, base)
+        fresh = HeadConfig.for_base(base.spec, head.layout, head.config.network, fingerprint=base.fingerprint())
+        names = ("action_dim", "base_cameras", "sampler_steps", "fingerprint")
+        head.config = replace(head.config, **{name: getattr(fresh, name) for name in names})
+    return head
+
+
 def pull(source: str, out: Path, revision: str | None = None, **options: Any) -> Path:
     """Copy a head with all that came with it to a folder, checked; options as `fetch`.
 
@@ -195,8 +217,6 @@ def inspect(source: str, revision: str | None = None, **options: Any) -> dict[st
     Raises:
         DsrlError: not a sound head.
     """
-    import json
-
     from .head import SteeringHead
 
     folder = fetch(source, revision, files=tuple(LARGEST), **options)

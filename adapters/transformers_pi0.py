@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +81,10 @@ class TransformersPi0(FrozenPolicy):
     def unpack(self, tensors: Mapping[str, torch.Tensor]) -> Encoding:
         inputs, cache = pi0_sampling.unpack(tensors)
         return Encoding(len(inputs["state"]), None, _Context(inputs, cache))
+
+    def processors(self) -> dict[str, Any]:
+        tokenizer = self.processing.tokenizer
+        return asdict(self.processing.statistics) | {"tokenizer": tokenizer.get_vocab()}
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         return self.model.state_dict()

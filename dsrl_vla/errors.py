@@ -22,6 +22,14 @@ class MissingExtraError(DsrlError, ImportError):
     """An optional dependency is not installed."""
 
 
+class BaseFailedError(DsrlError, RuntimeError):
+    """The frozen base itself failed, or its actions are not finite. No noise can mend that."""
+
+
+class MismatchError(DsrlError):
+    """A head meets a base it was not trained on."""
+
+
 class UnknownNameError(DsrlError):
     """A task, adapter, recipe or recipe key that does not exist."""
 

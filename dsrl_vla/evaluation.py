@@ -13,6 +13,7 @@ import numpy as np
 from . import seeds as seed_ranges
 from .head import SteeringHead
 from .noise import NoiseLayout
+from .pairing import check_pair
 from .policy import FrozenPolicy
 from .rollout import Episode, TaskConfig, VectorTask, run_episodes
 from .sources import HeadNoise, LayoutNoise, NoiseSource, PriorNoise, ZeroNoise
@@ -125,7 +126,7 @@ def evaluate(
         success in [0, 1], ``ci95`` as [low, high]. Of several tasks: all their episodes pooled, and each task on
         its own under ``tasks``.
     """
-    head.check_base(base.spec)
+    check_pair(head.config, base)
     seeds = seed_ranges.block(first_seed, episodes)
     found = dict(known or measure_base(base, task, head.layout, seeds, controls, on_episode))
     head.eval()

@@ -7,10 +7,9 @@ expands to the base's noise. Always float32, whatever the base's dtype: in bf16 
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,76 +17,16 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .errors import DsrlError, bad
-from .networks import ImageTokens, NetworkConfig, build
-from .noise import NoiseLayout, NoiseSpace
+from .head_config import CONFIG, WEIGHTS, HeadConfig
+from .networks import ImageTokens, build
 from .observation import IMAGE_PREFIX, STATE, Observations
-from .policy import Encoding, PolicySpec
+from .policy import Encoding
+from .run_dir import disk_errors, write_tensors, write_text
 
-WEIGHTS, CONFIG = "head.safetensors", "head_config.json"
 _LOG_STD = (-5.0, 2.0)
 
 HeadInputs = dict[str, torch.Tensor]
 """What head and critic look at: "state" (B, S) and "feature" (B, F) float32, "image.<camera>" uint8 (B, s, s, 3)."""
-
-
-@dataclass(frozen=True)
-class HeadConfig:
-    """Everything needed to build a head again and to know which base it belongs to."""
-
-    layout: NoiseLayout
-    state_dim: int
-    feature_dim: int
-    executed_steps: int
-    adapter: str
-    base_model_name_or_path: str
-    revision: str = ""
-    cameras: tuple[str, ...] = ()
-    """Cameras the head itself looks at; usually none, for the feature already holds them."""
-    image_size: int = 32
-    network: NetworkConfig = field(default_factory=NetworkConfig)
-    dsrl_vla_version: str = ""
-
-    @classmethod
-    def for_base(cls, spec: PolicySpec, layout: NoiseLayout, network: NetworkConfig, **more: Any) -> HeadConfig:
-        """The config of a new head for a base."""
-        from . import __version__
-
-        return cls(
-            layout=layout,
-            state_dim=spec.observation.state_dim,
-            feature_dim=spec.feature_dim,
-            executed_steps=spec.executed_steps,
-            adapter=spec.adapter,
-            base_model_name_or_path=spec.repo_id or spec.uri,
-            revision=spec.revision,
-            network=network,
-            dsrl_vla_version=__version__,
-            **more,
-        )
-
-    def to_json(self) -> str:
-        """As ``head_config.json``."""
-        return json.dumps(asdict(self), indent=2) + "\n"
-
-    @classmethod
-    def from_json(cls, text: str) -> HeadConfig:
-        """Read ``head_config.json``.
-
-        Raises:
-            DsrlError: a key is missing or unknown.
-        """
-        try:
-            raw = json.loads(text)
-            layout, network = raw.pop("layout"), raw.pop("network")
-            space = layout.pop("space")
-            space["live"] = tuple(space["live"])
-            raw["cameras"] = tuple(raw["cameras"])
-            return cls(
-                layout=NoiseLayout(space=NoiseSpace(**space), **layout), network=NetworkConfig(**network), **raw
-            )
-        except (KeyError, TypeError, json.JSONDecodeError) as error:
-            raise bad(CONFIG, "the keys of this version's HeadConfig", f"{error}") from error
 
 
 class Normaliser(nn.Module):
@@ -109,6 +48,12 @@ class Normaliser(nn.Module):
             floor = 1e-3 * values.abs().mean().clamp(min=1e-3)
             getattr(self, f"{name}_mean").copy_(values.mean(0))
             getattr(self, f"{name}_std").copy_(torch.where(std < floor, torch.ones_like(std), std))
+
+    @torch.no_grad()
+    def deviations(self, inputs: HeadInputs) -> dict[str, torch.Tensor]:
+        """How far each row is from what was fitted: (B,) per input, the largest |x - mean| / std of any column."""
+        z = {n: (inputs[n] - getattr(self, f"{n}_mean")) / getattr(self, f"{n}_std") for n in self.names}
+        return {name: value.abs().amax(-1) for name, value in z.items()}
 
     def forward(self, inputs: HeadInputs) -> list[torch.Tensor]:
         """Normalised vectors, clipped at five deviations; the feature scaled to unit norm in expectation.
@@ -199,58 +144,45 @@ class SteeringHead(nn.Module):
         """The noise for a batch: float32 (B, 1, H, D), |w| <= bound. Deterministic without generators."""
         return self.layout.expand(self.latent(self.read(observations, encoding), generators)).unsqueeze(1)
 
-    def check_base(self, spec: PolicySpec) -> None:
-        """Refuse a base this head was not trained for.
-
-        Raises:
-            DsrlError: names what differs.
-        """
-        wanted = {
-            "noise shape": (self.layout.space.shape, spec.noise.shape),
-            "noise prior": (self.layout.space.prior, spec.noise.prior),
-            "live noise columns": (self.layout.space.live, spec.noise.live),
-            "feature width": (self.config.feature_dim, spec.feature_dim),
-            "state width": (self.config.state_dim, spec.observation.state_dim),
-            "executed steps": (self.config.executed_steps, spec.executed_steps),
-        }
-        for name, (mine, theirs) in wanted.items():
-            if mine != theirs:
-                raise bad(
-                    f"head for '{self.config.base_model_name_or_path}', {name}", f"{mine}", f"{theirs} of '{spec.uri}'"
-                )
+    def calibrate(self, inputs: HeadInputs) -> None:
+        """Remember the furthest deviations in a sample (N, …), beyond which an observation counts as foreign."""
+        furthest = {name: round(float(z.max()), 2) for name, z in self.eyes.normalise.deviations(inputs).items()}
+        self.config = replace(self.config, furthest=furthest)
 
     def save_pretrained(self, folder: Path | str) -> None:
-        """Write ``head.safetensors`` and ``head_config.json``."""
-        from safetensors.torch import save_file
-
+        """Write ``head.safetensors`` and ``head_config.json``, each all or nothing. Raises as `disk_errors` does."""
         folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        save_file({k: v.contiguous() for k, v in self.state_dict().items()}, folder / WEIGHTS)
-        (folder / CONFIG).write_text(self.config.to_json())
+        with disk_errors(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+        write_tensors(folder / WEIGHTS, self.state_dict())
+        write_text(folder / CONFIG, self.config.to_json())
 
     @classmethod
-    def from_pretrained(cls, source: Path | str, revision: str | None = None) -> SteeringHead:
-        """Load a head from a folder or a Hub repository; strict, safetensors only.
+    def from_pretrained(cls, source: Path | str, revision: str | None = None, **hub_options: Any) -> SteeringHead:
+        """Load a head from a folder, a Hub repository or the shelf (``shipped:<recipe>``); safetensors only, strict.
+
+        Args:
+            revision: branch, tag or commit of a Hub repository.
+            hub_options: ``token``, ``cache_dir``, ``local_files_only``, ``force_download``, as huggingface_hub has
+                them.
 
         Raises:
-            DsrlError: no head there, or its weights do not fit its config.
+            DsrlError: no head there, or not a sound one: a pickle, another dtype, too large, NaN, weights that do
+                not fit the config, a file that is not the one in the manifest.
         """
-        from safetensors.torch import load_file
+        from .artefact import read_head
+        from .hub import fetch
 
-        folder = Path(source)
-        if not folder.is_dir():
-            folder = _download(str(source), revision)
-        for name in (WEIGHTS, CONFIG):
-            if not (folder / name).exists():
-                raise bad(f"head '{source}'", f"a file {name}", "none in that folder")
-        head = cls(HeadConfig.from_json((folder / CONFIG).read_text()))
-        try:
-            head.load_state_dict(load_file(folder / WEIGHTS), strict=True)
-        except RuntimeError as error:
-            raise bad(
-                f"{source}/{WEIGHTS}", f"the weights that {CONFIG} describes", " ".join(str(error).split())
-            ) from error
-        return head.eval()
+        return read_head(cls, fetch(source, revision, **hub_options), str(source)).eval()
+
+    def push_to_hub(self, repo_id: str, **options: Any) -> str:
+        """Push head, config and card to the Hub; return the commit's URL. Options are those of `dsrl_vla.hub.push`.
+
+        With ``run=<run directory>`` the card carries the run's evaluation, curve and video.
+        """
+        from .hub import push
+
+        return push(self, repo_id, **options)
 
 
 def shrink(images: Any, size: int) -> torch.Tensor:
@@ -260,12 +192,3 @@ def shrink(images: Any, size: int) -> torch.Tensor:
         return pixels
     small = F.interpolate(pixels.permute(0, 3, 1, 2).float(), (size, size), mode="area")
     return small.round().to(torch.uint8).permute(0, 2, 3, 1)
-
-
-def _download(repo_id: str, revision: str | None) -> Path:
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(repo_id, revision=revision, allow_patterns=[WEIGHTS, CONFIG]))
-    except Exception as error:
-        raise DsrlError(f"head '{repo_id}': expected a folder or a Hub repository, got {error}") from error

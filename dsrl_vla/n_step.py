@@ -69,6 +69,10 @@ class NStepWindows:
         window = self._take(row)
         self._emit([window[i:] for i in range(len(window))], [number] * len(window))
 
+    def drop(self, row: int) -> None:
+        """Forget what has not become a transition yet: something in the episode cannot be learnt from."""
+        self.windows[row].clear()
+
     def _take(self, row: int) -> list[Decision]:
         window = list(self.windows[row])
         self.windows[row].clear()

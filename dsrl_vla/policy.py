@@ -15,9 +15,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .errors import DsrlError, bad
+from .errors import BaseFailedError, DsrlError, bad
+from .failsafe import FailSafe, Guard
 from .noise import NoiseSpace, generators
 from .observation import Observations, ObservationSpec, unsqueeze
+from .pairing import Fingerprint, check_pair, take_fingerprint
 
 if TYPE_CHECKING:
     from .head import SteeringHead
@@ -63,6 +65,7 @@ class FrozenPolicy(abc.ABC):
     """
 
     spec: PolicySpec
+    _fingerprint: Fingerprint | None = None
 
     def encode(self, observations: Observations) -> Encoding:
         """Run the prefix once over a batch.
@@ -133,6 +136,17 @@ class FrozenPolicy(abc.ABC):
             digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()
 
+    def processors(self) -> Mapping[str, Any]:
+        """What turns observations into the model's inputs and its outputs into actions, by name and JSON-able:
+        normalisation statistics, image size, tokenizer. Part of the fingerprint; empty where nobody knows."""
+        return {}
+
+    def fingerprint(self) -> Fingerprint | None:
+        """What tells this base from others; taken once. An adapter that cannot afford it returns None."""
+        if self._fingerprint is None:
+            self._fingerprint = take_fingerprint(self)
+        return self._fingerprint
+
     def check_task(self, task: TaskInfo) -> None:
         """Refuse a task this base does not fit.
 
@@ -151,34 +165,65 @@ class FrozenPolicy(abc.ABC):
 
 
 class SteeredPolicy:
-    """A frozen base with a steering head.
+    """A frozen base with a steering head that cannot make it fail; see `dsrl_vla.failsafe`.
 
     >>> policy = SteeredPolicy(base, head)
     >>> chunk = policy.act(observation, seed=0)          # (executed_steps, A)
     >>> with policy.disabled():
     ...     same_as_base = policy.act(observation, seed=0)   # bit for bit base.act(observation, seed=0)
+
+    Args:
+        allow_mismatch: names of differences between `base` and the head's own base to put up with; see
+            `dsrl_vla.pairing`.
+        failsafe: when the base decides alone.
+
+    Raises:
+        MismatchError: the head was trained on another base; names every difference.
     """
 
-    def __init__(self, base: FrozenPolicy, head: SteeringHead):
-        head.check_base(base.spec)
+    def __init__(
+        self,
+        base: FrozenPolicy,
+        head: SteeringHead,
+        *,
+        allow_mismatch: Sequence[str] = (),
+        failsafe: FailSafe | None = None,
+    ):
+        check_pair(head.config, base, allow_mismatch)
         self.base, self.head = base, head.eval()
+        self.guard = Guard(self.head, base.spec.noise, failsafe or FailSafe())
         self.enabled = True
+        self.last_fallback = ""
+        """Why the newest decision was the base's own; empty when it was the head's."""
 
     def act(self, observation: Mapping[str, Any], *, seed: int = 0, deterministic: bool = True) -> torch.Tensor:
         """Act on a single observation.
 
         Args:
-            seed: of the head's sample (when not deterministic) and of the base's own noise (when disabled).
+            seed: of the head's sample (when not deterministic) and of the base's own noise.
 
         Returns:
             float32 (executed_steps, A), in environment units.
+
+        Raises:
+            DsrlError: the observation is not as the base declares. BaseFailedError: the base itself failed.
+                Nothing that the head does is raised.
         """
-        if not self.enabled:
-            return self.base.act(observation, seed=seed)
-        observations = unsqueeze(observation)
-        encoding = self.base.encode(observations)
-        noise = self.head.noise(observations, encoding, None if deterministic else generators([seed]))
-        return self.base.denoise(encoding, noise)[0, 0, : self.base.spec.executed_steps]
+        return self.act_batch(unsqueeze(observation), [seed], deterministic=deterministic)[0]
+
+    def act_batch(
+        self, observations: Observations, seeds: Sequence[int], *, deterministic: bool = True
+    ) -> torch.Tensor:
+        """Act on a batch of observations, one seed each: float32 (B, executed_steps, A). Raises as `act` does."""
+        with _base_errors(self.base):
+            encoding = self.base.encode(observations)
+        noise, reasons = self.noise(observations, encoding, seeds, deterministic=deterministic)
+        with _base_errors(self.base):
+            actions = self.base.denoise(encoding, noise)
+        if not torch.isfinite(actions).all():
+            actions, reasons = self._without_head(encoding, seeds, reasons)
+        self.last_fallback = next(filter(None, reasons), "")
+        return actions[:, 0, : self.base.spec.executed_steps]
 
     def noise(
         self, observations: Observations, encoding: Encoding, seeds: Sequence[int], *, deterministic: bool = True
@@ -186,8 +231,40 @@ class SteeredPolicy:
         """The noise of a batch of decisions, float32 (B, 1, H, D), and why a row is the base's own ("": it is not)."""
         if not self.enabled:
             return self.base.spec.noise.sample(generators(list(seeds))), ["disabled"] * len(seeds)
-        drawn = None if deterministic else generators(list(seeds))
-        return self.head.noise(observations, encoding, drawn), [""] * len(seeds)
+        return self.guard.noise(observations, encoding, seeds, deterministic)
+
+    def _without_head(
+        self, encoding: Encoding, seeds: Sequence[int], reasons: list[str]
+    ) -> tuple[torch.Tensor, list[str]]:
+        """Once more from the base's own noise, where the head's led to actions that are not finite."""
+        with _base_errors(self.base):
+            actions = self.base.denoise(encoding, self.base.spec.noise.sample(generators(list(seeds))))
+            if not torch.isfinite(actions).all():
+                raise ValueError("its actions hold NaN or infinity")
+        words = "base: its actions under the head's noise hold NaN or infinity"
+        for reason in reasons:
+            if not reason:
+                self.guard.recount(words)
+        return actions, [reason or words for reason in reasons]
+
+    @property
+    def steering(self) -> bool:
+        """Whether the head decides: it is enabled, and not latched off."""
+        return self.enabled and not self.guard.latched
+
+    @property
+    def fallbacks(self) -> dict[str, int]:
+        """Decisions of the base alone while enabled, by kind: exception, non-finite, deadline, foreign, base."""
+        return dict(self.guard.fallbacks)
+
+    def enable(self) -> None:
+        """Let the head decide, also after it was latched off."""
+        self.enabled = True
+        self.guard.reset()
+
+    def disable(self) -> None:
+        """Be the base, bit for bit."""
+        self.enabled = False
 
     @contextlib.contextmanager
     def disabled(self) -> Iterator[SteeredPolicy]:
@@ -197,3 +274,16 @@ class SteeredPolicy:
             yield self
         finally:
             self.enabled = before
+
+
+@contextlib.contextmanager
+def _base_errors(base: FrozenPolicy) -> Iterator[None]:
+    """Say whose failure it is; refusals of bad input stay what they are."""
+    try:
+        yield
+    except DsrlError:
+        raise
+    except Exception as error:
+        raise BaseFailedError(
+            f"{base.spec.uri}: expected actions, got a failure of the base itself: {type(error).__name__}: {error}"
+        ) from error

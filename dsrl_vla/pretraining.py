@@ -21,8 +21,8 @@ from .nano.clone import CloneConfig
 from .nano.demos import DemoConfig, Demos, collect
 from .nano.model import NanoConfig
 from .observation import IMAGE_PREFIX, PROMPT, Observations
+from .plain import from_plain
 from .policy import Encoding, FrozenPolicy
-from .recipe import from_plain
 from .recipes import shipped
 from .rollout import TaskConfig, VectorTask
 from .run_dir import disk_errors, write_json, write_text

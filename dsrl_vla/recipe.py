@@ -7,9 +7,8 @@ name; every value is checked when the dataclass that holds it is built.
 from __future__ import annotations
 
 import dataclasses
-import typing
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,6 +23,7 @@ from .networks import NetworkConfig
 from .noise import NoiseLayout, NoiseSpace
 from .noise_aliasing import NAConfig
 from .offline import OfflineConfig
+from .plain import from_plain
 from .policy import FrozenPolicy
 from .recipes import shipped
 from .rollout import TaskConfig
@@ -94,6 +94,8 @@ class TrainConfig:
     """Stop before `env_steps` once two validations in a row reach this success."""
     checkpoint_every: int = 5_000
     """Environment steps between checkpoints."""
+    max_faults: int = 20
+    """Losses, rewards, observations and actions that are not finite to skip, before the run stops."""
     seed: int = 0
     threads: int = 1
     """Torch threads; small networks are fastest, and repeatable, on one."""
@@ -101,7 +103,7 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         counts = ("learning_starts", "replay_capacity", "validate_every", "validation_episodes")
-        for name in (*counts, "checkpoint_every", "threads"):
+        for name in (*counts, "checkpoint_every", "max_faults", "threads"):
             if getattr(self, name) < 1:
                 raise bad(f"train.{name}", "1 or more", getattr(self, name))
         if self.stop_at is not None and not 0 < self.stop_at <= 1:
@@ -205,47 +207,6 @@ def _merge(under: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
         both = isinstance(value, dict) and isinstance(merged.get(key), dict)
         merged[key] = _merge(merged[key], value) if both else value
     return merged
-
-
-def from_plain(cls: type, tree: Any, where: str) -> Any:
-    """Build a dataclass from plain data, strictly: no unknown key, no value of another type."""
-    if not isinstance(tree, Mapping):
-        raise bad(where or "recipe", f"a mapping with keys {', '.join(f.name for f in fields(cls))}", repr(tree))
-    hints = typing.get_type_hints(cls)
-    values = {}
-    for key, value in tree.items():
-        name = f"{where}.{key}" if where else str(key)
-        if key not in hints:
-            raise unknown("recipe key", name, [f"{where}.{h}" if where else h for h in hints])
-        values[key] = _convert(hints[key], value, name)
-    return cls(**values)
-
-
-def _convert(kind: Any, value: Any, name: str) -> Any:
-    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
-    if is_dataclass(kind):
-        return from_plain(typing.cast(type, kind), value, name)
-    if origin is Literal:
-        if value not in arguments:
-            raise bad(name, " or ".join(map(str, arguments)), repr(value))
-        return value
-    if origin is tuple:
-        if not isinstance(value, (list, tuple)):
-            raise bad(name, "a list", repr(value))
-        return tuple(_convert(arguments[0], item, f"{name}[{i}]") for i, item in enumerate(value))
-    if arguments and type(None) in arguments:
-        inner = next(a for a in arguments if a is not type(None))
-        return None if value is None else _convert(inner, value, name)
-    if kind is float and isinstance(value, (int, float)) and not isinstance(value, bool):
-        return float(value)
-    if kind is float and isinstance(value, str):  # YAML 1.1 reads 3e-4 as text
-        try:
-            return float(value)
-        except ValueError:
-            pass
-    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-        raise bad(name, f"{kind.__name__}", repr(value))
-    return value
 
 
 def _plain(tree: Any) -> Any:

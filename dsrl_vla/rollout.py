@@ -101,6 +101,18 @@ class VectorTask:
         observations, _ = self.envs.reset(seed=[s if s is None else int(s) for s in seeds], options=options)
         return self._with_prompts(observations)
 
+    @property
+    def repeatable(self) -> bool:
+        """Whether the same seed and the same actions give the same episode in every environment."""
+        return all(self.envs.get_attr("repeatable"))
+
+    def restore(self, episodes: Sequence[tuple[int, Sequence[np.ndarray]]]) -> Observations:
+        """Bring every environment to where an episode was: its seed, and the chunks (k, A) executed since."""
+        self.reset([seed for seed, _ in episodes])
+        self.envs.set_attr("under_way", list(episodes))
+        seen = self.envs.call("restore")
+        return self._with_prompts({key: np.stack([each[key] for each in seen]) for key in seen[0]})
+
     def step(self, chunks: np.ndarray) -> ChunkResult:
         """Execute float32 (B, k, A), open loop."""
         observations, _, terminated, truncated, info = self.envs.step(chunks)

@@ -8,17 +8,21 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import itertools
 import json
+import logging
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from .errors import DsrlError, bad
+from .manifest import MANIFEST, check_manifest, write_manifest
 
+log = logging.getLogger(__name__)
 STATE, TENSORS = "state.json", "tensors.safetensors"
 KEEP = 2
 
@@ -42,12 +46,32 @@ def disk_errors(path: Path) -> Iterator[None]:
         raise
 
 
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def _replacing(path: Path) -> Iterator[Path]:
+    """A place beside `path` to write to, moved onto it once it is on the disk."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        with disk_errors(path.parent):
+            yield temporary
+            _fsync(temporary)
+            os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
 def write_text(path: Path, text: str) -> None:
     """Replace a file's content, all or nothing."""
-    temporary = path.with_name(path.name + ".tmp")
-    with disk_errors(path.parent):
+    with _replacing(path) as temporary:
         temporary.write_text(text)
-        os.replace(temporary, path)
 
 
 def write_json(path: Path, data: Any) -> None:
@@ -55,16 +79,40 @@ def write_json(path: Path, data: Any) -> None:
     write_text(path, json.dumps(data, indent=2) + "\n")
 
 
+def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Replace a safetensors file, all or nothing."""
+    import safetensors.torch
+
+    with _replacing(path) as temporary:
+        held = {k: v.detach().clone().contiguous() for k, v in tensors.items()}
+        safetensors.torch.save_file(held, temporary)
+
+
 class Metrics:
     """``metrics.jsonl``: one line per report, readable while the run goes on."""
 
     def __init__(self, path: Path):
         self.path = path
+        self.pending: list[dict[str, Any]] = []
+        """Lines that the disk has not taken yet."""
 
     def append(self, row: dict[str, Any]) -> None:
-        """Add a line."""
-        with disk_errors(self.path.parent), self.path.open("a") as file:
-            file.write(json.dumps(row) + "\n")
+        """Add a line; one that cannot be written is kept, and written with the next that can."""
+        self.pending.append(row)
+        self.flush()
+
+    def flush(self) -> None:
+        """Write what is pending."""
+        try:
+            with disk_errors(self.path.parent), self.path.open("a+b") as file:
+                size = file.seek(0, os.SEEK_END)
+                file.seek(max(0, size - 1))
+                torn = size and file.read(1) != b"\n"
+                lines = "".join(json.dumps(row) + "\n" for row in self.pending)
+                file.write(("\n" * bool(torn) + lines).encode())
+            self.pending.clear()
+        except (DsrlError, OSError) as error:
+            log.warning("%s: %d lines wait to be written: %s", self.path.name, len(self.pending), error)
 
     def rows(self) -> list[dict[str, Any]]:
         """All lines; a last one that a crash cut short is left out."""
@@ -81,45 +129,71 @@ class Metrics:
 
 
 def save_checkpoint(folder: Path, step: int, tensors: dict[str, torch.Tensor], state: dict[str, Any]) -> Path:
-    """Write ``<folder>/step_<n>/``, all or nothing; keep the newest two."""
-    from safetensors.torch import save_file
+    """Write ``<folder>/step_<n>/`` with a manifest, all or nothing; keep the newest two.
 
-    final = folder / f"step_{step:09d}"
+    A folder that is there is never written over: a second one of the same step is ``step_<n>.1``, and newer.
+
+    Raises:
+        DsrlError: the disk is full or cannot be written to. What was there before is intact.
+    """
+    import safetensors.torch
+
     temporary = folder / f".writing_{step:09d}"
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         with disk_errors(folder):
             temporary.mkdir(parents=True)
-            save_file({k: v.detach().clone().contiguous() for k, v in tensors.items()}, temporary / TENSORS)
+            held = {k: v.detach().clone().contiguous() for k, v in tensors.items()}
+            safetensors.torch.save_file(held, temporary / TENSORS)
             (temporary / STATE).write_text(json.dumps(state, indent=2) + "\n")
-            for name in (TENSORS, STATE):
-                with (temporary / name).open("rb") as file:
-                    os.fsync(file.fileno())
-            shutil.rmtree(final, ignore_errors=True)
+            write_manifest(temporary, (TENSORS, STATE))
+            for name in (TENSORS, STATE, MANIFEST, "."):
+                _fsync(temporary / name)
+            final = _unused(folder, step)
             os.replace(temporary, final)
+            _fsync(folder)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
-    for old in sorted(folder.glob("step_*"))[:-KEEP]:
+    for old in checkpoints(folder)[:-KEEP]:
         shutil.rmtree(old, ignore_errors=True)
     return final
 
 
+def checkpoints(folder: Path) -> list[Path]:
+    """Finished checkpoints, oldest first."""
+    return sorted(path for path in folder.glob("step_*") if path.is_dir())
+
+
+def _unused(folder: Path, step: int) -> Path:
+    names = (f"step_{step:09d}{f'.{again}' if again else ''}" for again in itertools.count())
+    return next(folder / name for name in names if not (folder / name).exists())
+
+
 def load_checkpoint(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]] | None:
-    """The newest checkpoint that can be read, or None when there is none at all.
+    """The newest checkpoint that is whole, or None when there is none at all.
+
+    One that is not whole is passed over with a warning, and removed, lest it count as one of the two to keep.
 
     Raises:
-        DsrlError: there are checkpoints, and none can be read.
+        DsrlError: there are checkpoints, and none is whole.
     """
-    from safetensors.torch import load_file
+    import safetensors.torch
 
-    found = sorted(folder.glob("step_*"), reverse=True)
-    problems = []
-    for path in found:
+    problems: dict[Path, str] = {}
+    for unfinished in folder.glob(".writing_*"):
+        shutil.rmtree(unfinished, ignore_errors=True)
+    for path in reversed(checkpoints(folder)):
         try:
-            return load_file(path / TENSORS), json.loads((path / STATE).read_text())
+            check_manifest(path, (TENSORS, STATE), (TENSORS, STATE))
+            found = safetensors.torch.load_file(path / TENSORS), json.loads((path / STATE).read_text())
         except Exception as error:
-            problems.append(f"{path.name}: {error}")
-    if found:
-        raise bad(str(folder), "a checkpoint that can be read", "; ".join(problems))
+            problems[path] = f"{path.name}: {error}"
+            continue
+        for broken, words in problems.items():
+            log.warning("checkpoint %s Going on from %s, the one before.", words, path.name)
+            shutil.rmtree(broken, ignore_errors=True)
+        return found
+    if problems:
+        raise bad(str(folder), "a checkpoint that can be read", "; ".join(problems.values()))
     return None

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 import logging
 import math
+import threading
 import time
 from collections import deque
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +19,11 @@ from tqdm import tqdm
 
 from . import seeds as seed_ranges
 from .collect import Collector
+from .errors import DsrlError
 from .evaluation import Measure, evaluate, evaluation_episodes, measure
+from .faults import Faults, LastGood, all_finite
 from .head import HeadConfig, SteeringHead
+from .interrupts import stop_requests
 from .learners import build_learner
 from .noise_aliasing import NoiseAliasing
 from .noise_search import BestOfK, SearchConfig, Ticket, search_ticket
@@ -25,8 +32,9 @@ from .offline_sources import read_episodes
 from .policy import FrozenPolicy
 from .recipe import Recipe
 from .replay import Replay
+from .resuming import pack, unpack
 from .rollout import VectorTask
-from .run_dir import Metrics, disk_errors, load_checkpoint, save_checkpoint, write_json
+from .run_dir import Metrics, load_checkpoint, save_checkpoint, write_json
 from .sources import HeadNoise
 from .tracking import Tracker
 from .watch import Watch, value_gap
@@ -34,6 +42,7 @@ from .watch import Watch, value_gap
 log = logging.getLogger(__name__)
 _SAMPLED_AHEAD = 32
 """Minibatches gathered from the replay at a time."""
+_KEEP_EVERY, _OFFLINE_EVERY = 200, 1000  # updates
 
 
 class Trainer:
@@ -45,7 +54,12 @@ class Trainer:
         torch.manual_seed(config.seed)
         layout = recipe.noise.over(base.spec.noise)
         head_config = HeadConfig.for_base(
-            base.spec, layout, recipe.head.network, cameras=recipe.head.cameras, image_size=recipe.head.image_size
+            base.spec,
+            layout,
+            recipe.head.network,
+            cameras=recipe.head.cameras,
+            image_size=recipe.head.image_size,
+            fingerprint=base.fingerprint(),
         )
         self.head = SteeringHead(head_config)
         searched = self._warm_start() if config.warm_start == "ticket" else 0
@@ -58,14 +72,26 @@ class Trainer:
         self.data: Replay | MixedReplay = self.replay
         if recipe.offline.source:
             self.data = MixedReplay(self.replay, self._read_offline(), recipe.offline.share)
+        self.faults = Faults(config.max_faults)
+        self.good, self.good_at = LastGood(self.learner), 0
         self.collector = Collector(
-            base, self.head, task, self.replay, sac=sac, first_seed=first_seed, keeper=self.learner.keeper()
+            base,
+            self.head,
+            task,
+            self.replay,
+            sac=sac,
+            first_seed=first_seed,
+            keeper=self.learner.keeper(),
+            faults=self.faults,
         )
         self.collector.env_steps = searched
         self.rng = np.random.default_rng(config.seed)
         self.metrics = Metrics(out / "metrics.jsonl")
         self.base_sha256 = base.sha256()
         self.best: tuple[float, float] = (-1.0, 0.0)
+        self.best_now: SteeringHead | None = None
+        self.unsaved: dict[str, str] = {}
+        """What could not be written when it was last tried, and why."""
         self.validated: deque[float] = deque(maxlen=2)
         self.validation_env_steps = 0
         self.seconds = 0.0
@@ -94,10 +120,10 @@ class Trainer:
         bar = tqdm(
             total=config.env_steps, initial=collector.env_steps, unit="step", desc=self.recipe.name, disable=None
         )
-        with Tracker(self.recipe, self.out) as tracker, bar:
+        with Tracker(self.recipe, self.out) as tracker, stop_requests() as asked, bar:
             try:
-                self._learn_offline(tracker)
-                while not self.done:
+                self._learn_offline(tracker, asked)
+                while not self.done and not asked.is_set():
                     before, updates, start = collector.env_steps, self.learner.updates, time.perf_counter()
                     self._decide()
                     rate = (self.learner.updates - updates) / (time.perf_counter() - start)
@@ -108,10 +134,13 @@ class Trainer:
                     shown = {"success": f"{collector.success:.2f}", "best": best, "updates/s": f"{rate:.0f}"}
                     bar.set_postfix(shown, refresh=False)
             except KeyboardInterrupt:
-                self.checkpoint()
-                log.warning("interrupted; go on with: dsrl-vla train %s --out %s --resume", self.recipe.name, self.out)
-                return False
-        return True
+                asked.set()  # at once: in the middle of a decision, which is not to be saved
+            else:
+                if not self.done:
+                    self.checkpoint()
+        if not self.done:
+            log.warning("interrupted; go on with: dsrl-vla train %s --out %s --resume", self.recipe.name, self.out)
+        return self.done
 
     def _decide(self) -> None:
         """One decision in every environment, and the updates it is owed."""
@@ -131,6 +160,18 @@ class Trainer:
             ahead = min(count - self.learner.updates, _SAMPLED_AHEAD)
             for batch in self.data.batches(ahead, self.recipe.sac.batch, self.rng):
                 self.info = self.learner.update(batch)
+        self._look_for_faults()
+
+    def _look_for_faults(self, closely: bool = False) -> None:
+        """Undo updates whose losses are not finite; now and then look at all weights, and hold on to sound ones."""
+        due = closely or self.learner.updates - self.good_at >= _KEEP_EVERY
+        if all_finite(self.info) and (not due or self.good.keep()):
+            self.good_at = self.learner.updates if due else self.good_at
+            return
+        self.good.restore()
+        self.info = {}
+        undone = self.learner.updates - self.good_at
+        self.faults.add("loss", f"a loss or weight that is not finite; the last {undone} updates are undone")
 
     def _read_offline(self) -> Replay:
         """Offline episodes as a replay, with a noise bank for every decision."""
@@ -141,7 +182,7 @@ class Trainer:
             loader.fill(replay, read_episodes(config), bar.update)
         return replay
 
-    def _learn_offline(self, tracker: Tracker) -> None:
+    def _learn_offline(self, tracker: Tracker, asked: threading.Event) -> None:
         """The updates that come before the first environment step, and a validation after them."""
         total = self.recipe.offline.updates
         start = self.learner.updates
@@ -151,7 +192,12 @@ class Trainer:
             for count in range(start + 1, total + 1):
                 self._update_to(count)
                 bar.update()
+                if asked.is_set():
+                    return
+                if count % _OFFLINE_EVERY == 0 and count < total:
+                    self.checkpoint()
         tracker.log(self.report(self.validate()), self.collector.env_steps)
+        self.checkpoint()
 
     def _after(self, before: int, tracker: Tracker) -> None:
         """Reports, validation and checkpoints that fell due since `before` environment steps."""
@@ -199,12 +245,15 @@ class Trainer:
         self.validation_env_steps += sum(e.steps for e in found.episodes)
         if (found.success, -steps) > self.best:
             self.best = (found.success, -steps)
-            with disk_errors(self.out):
-                self.learner.save(self.out / "best")
+            self.learner.average.calibrate(self.replay.observations() or self.data.observations())
+            self.best_now = copy.deepcopy(self.learner.average).eval()
+            self._try("best head", lambda: self.learner.save(self.out / "best"))
         return {"validation_success": found.success, "validation_steps": steps}
 
     def best_head(self) -> SteeringHead:
         """The best head so far; the present one when none has been validated."""
+        if self.best_now is not None:
+            return self.best_now
         folder = self.out / "best"
         return SteeringHead.from_pretrained(folder) if folder.is_dir() else self.learner.average.eval()
 
@@ -248,32 +297,47 @@ class Trainer:
         return {"baselines": found} if found else {}
 
     def checkpoint(self) -> None:
-        """Write all that is needed to go on."""
-        collector = self.collector
-        tensors = {f"learner.{k}": v for k, v in self.learner.tensors().items()}
-        tensors |= {f"replay.{k}": v for k, v in self.replay.tensors().items()}
-        state = {name: getattr(collector, name) for name in ("env_steps", "episodes", "decisions")}
-        state |= {name: getattr(self, name) for name in ("validation_env_steps", "seconds")}
-        state |= {name: list(getattr(self, name)) for name in ("best", "validated")}
-        state |= {"updates": self.learner.updates, "observed": self.replay.observed, "added": self.replay.added}
-        state |= {"recent": list(collector.recent), "rng": self.rng.bit_generator.state}
-        save_checkpoint(self.out / "checkpoints", collector.env_steps, tensors, state)
+        """Write all that is needed to go on, unless it is not sound. A disk that is full does not end the run."""
+        self._look_for_faults(closely=True)
+        tensors, state = pack(self)
+        self._try("checkpoint", lambda: save_checkpoint(self.out / "checkpoints", state["env_steps"], tensors, state))
+
+    def _try(self, what: str, write: Callable[[], Any]) -> None:
+        """Write something; a failure is said, and remembered until it has been made good."""
+        try:
+            write()
+            self.unsaved.pop(what, None)
+        except (DsrlError, OSError) as error:
+            self.unsaved[what] = str(error)
+            log.warning("%s not written, going on without: %s", what, error)
+
+    def check_saved(self) -> None:
+        """Try once more to write what could not be written.
+
+        Raises:
+            DsrlError: it still cannot be.
+        """
+        if "best head" in self.unsaved and self.best_now is not None:
+            self._try("best head", functools.partial(self.best_now.save_pretrained, self.out / "best"))
+        if "checkpoint" in self.unsaved:
+            self.checkpoint()
+        self.metrics.flush()
+        if self.unsaved or self.metrics.pending:
+            lost = list(self.unsaved) or ["metrics.jsonl"]
+            words = "; ".join(self.unsaved.values())
+            raise DsrlError(
+                f"{self.out}: expected all of the run to be written, got no {' and no '.join(lost)}. {words}"
+            )
 
     def resume(self) -> None:
-        """Go on from the newest checkpoint; without one, from the start."""
+        """Go on from the newest whole checkpoint; without one, from the start."""
         found = load_checkpoint(self.out / "checkpoints")
         if found is None:
+            self.metrics.truncate(-1)
             return
-        tensors, state = found
-        part = lambda name: {k[len(name) :]: v for k, v in tensors.items() if k.startswith(name)}
-        self.learner.load_tensors(part("learner."), state["updates"])
-        self.replay.load_tensors(part("replay."), state["observed"], state["added"])
-        self.collector.resume(state["episodes"], state["env_steps"], state["decisions"])
-        self.collector.recent.extend(state["recent"])
-        self.rng.bit_generator.state = state["rng"]
-        self.best = tuple(state["best"])
-        self.validated.extend(state["validated"])
-        self.validation_env_steps, self.seconds = state["validation_env_steps"], state["seconds"]
-        self.metrics.truncate(state["env_steps"])
+        unpack(self, *found)
+        self.good.keep()
+        self.good_at = self.learner.updates
+        self.metrics.truncate(self.collector.env_steps)
         for row in self.metrics.rows():
             self.watch.see(row)

@@ -19,7 +19,7 @@ from .head import SteeringHead
 from .plots import draw_run
 from .policy import FrozenPolicy
 from .probing import probe
-from .recipe import AUTO, Recipe
+from .recipe import AUTO, Recipe, load_recipe
 from .rollout import VectorTask
 from .run_dir import disk_errors, write_json, write_text
 from .trainer import Trainer
@@ -58,7 +58,9 @@ def train(
 
     Raises:
         DsrlError: `out` holds another run and `resume` is off, or its recipe differs and `resume` is on; the
-            base does not fit the task; the disk is full. NotSteerableError: the base fails the probe.
+            base does not fit the task; the disk is still full at the end. TooManyFaultsError: more than
+            ``train.max_faults`` losses, rewards or observations were not finite.
+        NotSteerableError: the base fails the probe.
     """
     out = Path(out)
     _prepare(recipe, out, resume)
@@ -77,6 +79,7 @@ def train(
         finished = trainer.run()
         head = trainer.best_head()
         result = None
+        trainer.check_saved()
         if finished and evaluate_after:
             result = trainer.evaluate(head, known)
             draw_run(out, recipe, base, head, trainer.metrics.rows(), result)
@@ -114,7 +117,7 @@ def _prepare(recipe: Recipe, out: Path, resume: bool) -> None:
         raise bad(f"{out}", "a new directory", "one that holds a run", "Choose another --out, or go on with --resume.")
     if resume and not path.exists():
         raise bad(f"{out}", "a run to resume", "no recipe.yaml there")
-    if resume and path.read_text() != recipe.to_yaml():
+    if resume and load_recipe(path) != recipe:
         raise bad(f"{path}", "the recipe this run was started with", "another one", "Resume without overrides.")
     with disk_errors(out):
         out.mkdir(parents=True, exist_ok=True)
@@ -127,8 +130,6 @@ def load_run(out: Path | str) -> tuple[Recipe, SteeringHead]:
     Raises:
         DsrlError: `out` is no run, or it has not yet validated a head.
     """
-    from .recipe import load_recipe
-
     out = Path(out)
     if not (out / "recipe.yaml").exists():
         raise bad(str(out), "a run's directory", "one without a recipe.yaml")

@@ -39,6 +39,19 @@ class Finished:
         latents = torch.stack([d.latent for d in decisions])
         return cls(np.array([d.number for d in decisions]), latents, np.array(found[::-1]))
 
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Its fields."""
+        return {
+            "numbers": torch.as_tensor(self.numbers),
+            "latents": self.latents,
+            "returns": torch.as_tensor(self.returns),
+        }
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, torch.Tensor]) -> Finished:
+        """Undo `tensors`."""
+        return cls(tensors["numbers"].numpy(), tensors["latents"], tensors["returns"].numpy())
+
 
 @torch.no_grad()
 def value_gap(critic: CriticEnsemble, replay: Replay, episodes: Collection[Finished]) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""The command line: ``dsrl-vla preflight | train | eval | serve | search | record | pretrain | recipes | adapters``.
+"""The command line: ``dsrl-vla preflight | train | eval | push | …``; ``dsrl-vla --help`` lists them all.
 
 Every field of a recipe can be overridden: ``dsrl-vla train demo --train.seed 3 --noise.layout chunk``.
 """
@@ -13,6 +13,7 @@ from ..errors import DsrlError, unknown
 from .listing import list_adapters, list_recipes
 from .measuring import run_eval, run_preflight, run_record, run_search
 from .serving import run_serve
+from .sharing import run_inspect, run_pull, run_push
 from .training import run_pretrain, run_train
 
 
@@ -54,6 +55,9 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "search": run_search,
     "record": run_record,
     "pretrain": run_pretrain,
+    "push": run_push,
+    "inspect": run_inspect,
+    "pull": run_pull,
     "recipes": list_recipes,
     "adapters": list_adapters,
 }

@@ -7,7 +7,7 @@ actions needs one image per chunk, and rendering is most of the cost of a simula
 from __future__ import annotations
 
 import abc
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -41,6 +41,8 @@ class TaskEnv(gym.Env, abc.ABC):
     """
 
     info: TaskInfo
+    repeatable: bool = True
+    """Whether an episode can be executed again: true of simulators, not of robots."""
 
     @abc.abstractmethod
     def begin(self, seed: int) -> None:
@@ -107,6 +109,9 @@ class ChunkEnv(gym.Env):
         if chunk < 1:
             raise bad("chunk", "a positive number of steps", chunk)
         self.env, self.chunk, self.info = env, chunk, env.info
+        self.repeatable = env.repeatable
+        self.under_way: tuple[int, Sequence[np.ndarray]] = (0, ())
+        """Seed and executed chunks of the episode that `restore` is to bring back."""
         self.observation_space = env.observation_space
         low, high = env.action_space.low, env.action_space.high  # type: ignore[attr-defined]
         self.action_space = gym.spaces.Box(np.tile(low, (chunk, 1)), np.tile(high, (chunk, 1)), dtype=np.float32)
@@ -129,6 +134,14 @@ class ChunkEnv(gym.Env):
         truncated = not terminated and self._steps >= limit
         info = {"success": bool(success), "steps": steps, "rewards": rewards}
         return self.env.observe(), float(rewards.sum()), terminated, truncated, info
+
+    def restore(self) -> dict[str, np.ndarray]:
+        """Execute the episode in `under_way` again; return what is then observed."""
+        seed, chunks = self.under_way
+        observation, _ = self.reset(seed=seed)
+        for chunk in chunks:
+            observation, *_ = self.step(chunk)
+        return observation
 
     def close(self) -> None:
         self.env.close()

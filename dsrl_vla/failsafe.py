@@ -1,0 +1,200 @@
+"""The guard between a head and a base: whatever the head does, there is noise for the decision, in time.
+
+A head that raises, answers NaN, is late, or looks at something far from all it was trained on, is passed over:
+the base decides alone, from its own noise, drawn from the request's seed. That is the unsteered base bit for bit.
+Every such decision is counted and logged with its reason, and a head that needs it too often is switched off.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import queue
+import threading
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from .errors import bad
+from .noise import NoiseSpace, generators
+from .observation import Observations
+
+if TYPE_CHECKING:
+    from .head import HeadInputs, SteeringHead
+    from .policy import Encoding
+
+log = logging.getLogger(__name__)
+_MARGIN = 1.5  # of the furthest deviation seen in training
+
+
+@dataclass(frozen=True)
+class FailSafe:
+    """When the base decides alone."""
+
+    deadline_s: float | None = None
+    """Seconds the head may take, its own part of a decision alone; None: any. The decision goes on at the deadline."""
+    max_z: float | None = None
+    """Deviations from the training mean beyond which an observation is foreign. None: 1.5 times the furthest seen in
+    training, which new heads know of themselves; infinity: never."""
+    latch_after: int = 10
+    """Switch the head off once so many …"""
+    window: int = 100
+    """… of the last decisions fell back."""
+
+    def __post_init__(self) -> None:
+        for name in ("deadline_s", "max_z"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise bad(f"failsafe.{name}", "above 0, or None", value)
+        if not 1 <= self.latch_after <= self.window:
+            raise bad("failsafe.latch_after", f"from 1 to failsafe.window = {self.window}", self.latch_after)
+
+
+class _Late(Exception):
+    """The head did not answer in time."""
+
+
+class _Worker:
+    """A thread that runs one call at a time, so that the caller need not wait longer than it wants to."""
+
+    def __init__(self) -> None:
+        self._calls: queue.SimpleQueue[Callable[[], torch.Tensor]] = queue.SimpleQueue()
+        self._answers: queue.SimpleQueue[torch.Tensor | Exception] = queue.SimpleQueue()
+        self._owed = 0
+        threading.Thread(target=self._work, name="steering-head", daemon=True).start()
+
+    def _work(self) -> None:
+        while True:
+            call = self._calls.get()
+            try:
+                self._answers.put(call())
+            except Exception as error:
+                self._answers.put(error)
+
+    def run(self, call: Callable[[], torch.Tensor], seconds: float) -> torch.Tensor:
+        """The call's answer; what it raises; or `_Late`."""
+        while self._owed and not self._answers.empty():  # answers nobody waited for
+            self._answers.get()
+            self._owed -= 1
+        if self._owed:
+            raise _Late("still busy with an earlier decision")
+        self._calls.put(call)
+        self._owed = 1
+        try:
+            answer = self._answers.get(timeout=seconds)
+        except queue.Empty:
+            raise _Late(f"no answer within {seconds:g} s") from None
+        self._owed = 0
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+
+class Guard:
+    """Asks a head for noise and vouches for the answer: float32, finite, |w| <= bound, in time.
+
+    Owns the counters and the latch. Not to be shared between threads.
+    """
+
+    def __init__(self, head: SteeringHead, space: NoiseSpace, config: FailSafe):
+        self.head, self.space, self.config = head, space, config
+        self.decisions = 0
+        self.fallbacks: Counter[str] = Counter()
+        """How often the base decided alone, by kind of reason."""
+        self.latched = False
+        self._worker: _Worker | None = None
+        self._recent: deque[bool] = deque(maxlen=config.window)
+
+    def reset(self) -> None:
+        """Trust the head again. Counters are kept."""
+        self.latched = False
+        self._recent.clear()
+
+    def noise(
+        self, observations: Observations, encoding: Encoding, seeds: Sequence[int], deterministic: bool
+    ) -> tuple[torch.Tensor, list[str]]:
+        """Noise float32 (B, 1, H, D), and why a row is the base's own noise ("" where it is the head's)."""
+        own = self.space.sample(generators(list(seeds)))
+        if self.latched:
+            self.decisions += len(seeds)
+            self.fallbacks["latched"] += len(seeds)
+            return own, ["latched"] * len(seeds)
+        try:
+            chosen, reasons = self._ask(observations, encoding, seeds, deterministic)
+        except _Late as late:
+            reasons = [f"deadline: {late}"] * len(seeds)
+        except Exception as error:
+            reasons = [f"exception: {type(error).__name__}: {error}"] * len(seeds)
+        noise = own
+        if not all(reasons):
+            foreign = torch.tensor([bool(r) for r in reasons])
+            noise = torch.where(foreign.view(-1, 1, 1, 1), own, chosen)
+        for reason in reasons:
+            self.count(reason)
+        return noise, reasons
+
+    def count(self, reason: str) -> None:
+        """Book a decision; latch when too many of the last ones fell back."""
+        self.decisions += 1
+        self._recent.append(bool(reason))
+        if not reason:
+            return
+        self.fallbacks[reason.partition(":")[0]] += 1
+        log.warning("decision %d is the base's own: %s", self.decisions, reason)
+        if sum(self._recent) >= self.config.latch_after and not self.latched:
+            self.latched = True
+            log.error(
+                "the steering head is switched off: %d of the last %d decisions fell back to the base. "
+                "enable() switches it on again.",
+                sum(self._recent),
+                len(self._recent),
+            )
+
+    def recount(self, reason: str) -> None:
+        """Turn the newest decision, booked as steered, into one that fell back."""
+        self.decisions -= 1
+        self._recent.pop()
+        self.count(reason)
+
+    def _ask(
+        self, observations: Observations, encoding: Encoding, seeds: Sequence[int], deterministic: bool
+    ) -> tuple[torch.Tensor, list[str]]:
+        """The head's noise (B, 1, H, D), and for each row why it cannot be used ("" where it can)."""
+        streams = None if deterministic else generators(list(seeds))
+        inputs: HeadInputs = {}
+
+        def call() -> torch.Tensor:
+            inputs.update(self.head.read(observations, encoding))
+            with torch.no_grad():
+                return self.head.latent(inputs, streams)
+
+        limit = self.config.deadline_s
+        start = time.perf_counter()
+        if limit is None:
+            latent = call()
+        else:
+            self._worker = self._worker or _Worker()
+            latent = self._worker.run(call, limit)
+        wanted = (len(seeds), *self.head.layout.latent_shape)
+        if tuple(latent.shape) != wanted:
+            raise ValueError(f"latents of shape {tuple(latent.shape)} in place of {wanted}")
+        reasons = self._foreign(inputs)
+        for row in (~torch.isfinite(latent).flatten(1).all(1)).nonzero()[:, 0].tolist():
+            reasons[row] = "non-finite: the head's output holds NaN or infinity"
+        if limit is not None and (taken := time.perf_counter() - start) > limit:
+            raise _Late(f"{taken:.4f} s of {limit:g} s")
+        return self.head.layout.expand(latent).unsqueeze(1), reasons
+
+    def _foreign(self, inputs: HeadInputs) -> list[str]:
+        """For each row, what is further from the training data than allowed."""
+        reasons = [""] * len(next(iter(inputs.values())))
+        seen = dict(self.head.config.furthest)
+        for name, z in self.head.eyes.normalise.deviations(inputs).items():
+            limit = self.config.max_z or (_MARGIN * max(seen[name], 5.0) if name in seen else math.inf)
+            for row in (~(z <= limit)).nonzero()[:, 0].tolist() if math.isfinite(limit) else ():
+                reasons[row] = f"foreign: the {name} lies {float(z[row]):.1f} deviations off, limit {limit:.1f}"
+        return reasons

@@ -1,0 +1,37 @@
+"""Ctrl-C and SIGTERM as a request: the decision under way is finished, so that what is saved is whole."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import signal
+import threading
+from collections.abc import Iterator
+
+log = logging.getLogger(__name__)
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+@contextlib.contextmanager
+def stop_requests() -> Iterator[threading.Event]:
+    """Within this context the first signal sets the event; a second Ctrl-C interrupts at once.
+
+    Outside the main thread, where Python takes no signals, the event is never set.
+    """
+    asked = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield asked
+        return
+
+    def ask(number: int, _: object) -> None:
+        if asked.is_set() and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        asked.set()
+        log.warning("stopping after this decision; Ctrl-C again stops at once, without saving.")
+
+    before = {number: signal.signal(number, ask) for number in _SIGNALS}
+    try:
+        yield asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

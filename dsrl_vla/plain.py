@@ -1,0 +1,59 @@
+"""Plain data (YAML, JSON) to frozen dataclasses, strictly: no unknown key, no value of another type."""
+
+from __future__ import annotations
+
+import typing
+from collections.abc import Mapping
+from dataclasses import fields, is_dataclass
+from typing import Any, Literal
+
+from .errors import bad, unknown
+
+
+def from_plain(cls: type, tree: Any, where: str, kind: str = "recipe key") -> Any:
+    """Build a dataclass from plain data; `where` is its name in messages.
+
+    Raises:
+        UnknownNameError: a key that does not exist. DsrlError: a value of another type, or refused by the dataclass.
+    """
+    if not isinstance(tree, Mapping):
+        raise bad(where or kind, f"a mapping with keys {', '.join(f.name for f in fields(cls))}", repr(tree))
+    hints = typing.get_type_hints(cls)
+    values = {}
+    for key, value in tree.items():
+        name = f"{where}.{key}" if where else str(key)
+        if key not in hints:
+            raise unknown(kind, name, [f"{where}.{h}" if where else h for h in hints])
+        values[key] = _convert(hints[key], value, name, kind)
+    return cls(**values)
+
+
+def _convert(wanted: Any, value: Any, name: str, kind: str) -> Any:
+    origin, arguments = typing.get_origin(wanted), typing.get_args(wanted)
+    if is_dataclass(wanted):
+        return from_plain(typing.cast(type, wanted), value, name, kind)
+    if origin is Literal:
+        if value not in arguments:
+            raise bad(name, " or ".join(map(str, arguments)), repr(value))
+        return value
+    if origin in (dict, Mapping):
+        if not isinstance(value, Mapping):
+            raise bad(name, "a mapping", repr(value))
+        return {str(key): _convert(arguments[1], item, f"{name}.{key}", kind) for key, item in value.items()}
+    if origin is tuple:
+        if not isinstance(value, (list, tuple)):
+            raise bad(name, "a list", repr(value))
+        return tuple(_convert(arguments[0], item, f"{name}[{i}]", kind) for i, item in enumerate(value))
+    if arguments and type(None) in arguments:
+        inner = next(a for a in arguments if a is not type(None))
+        return None if value is None else _convert(inner, value, name, kind)
+    if wanted is float and isinstance(value, (int, float)) and not isinstance(value, bool):
+        return float(value)
+    if wanted is float and isinstance(value, str):  # YAML 1.1 reads 3e-4 as text
+        try:
+            return float(value)
+        except ValueError:
+            pass
+    if not isinstance(value, wanted) or (wanted is int and isinstance(value, bool)):
+        raise bad(name, f"{wanted.__name__}", repr(value))
+    return value

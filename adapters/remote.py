@@ -61,17 +61,6 @@ class RemoteBase(FrozenPolicy):
         """Empty: the weights are elsewhere."""
         return {}
 
-    def sha256(self) -> str:
-        """Of the weights, as the server's hash of them is now."""
-        reply = self.client.request({p.OP: "sha256"})
-        if not isinstance(reply.get("dsrl/sha256"), str):
-            raise bad(f"{self.spec.uri}: sha256", "text", f"{reply.get('dsrl/sha256')!r}"[:80])
-        return reply["dsrl/sha256"]
-
-    def served(self) -> dict[str, int]:
-        """What the server has done since it started: prefix_passes, observations, sampler_runs."""
-        return dict(self.client.request({p.OP: "status"})["dsrl/status"])
-
     def close(self) -> None:
         """Hang up."""
         self.client.close()
@@ -137,6 +126,17 @@ class RemotePolicy(RemoteBase):
             raise bad(f"{self.spec.uri}: {p.FEATURE}", f"float32 of shape ({batch}, {width})", got)
         return torch.from_numpy(feature.copy()), kept
 
+    def sha256(self) -> str:
+        """Of the weights, as the server's hash of them is now."""
+        reply = self.client.request({p.OP: "sha256"})
+        if not isinstance(reply.get("dsrl/sha256"), str):
+            raise bad(f"{self.spec.uri}: sha256", "text", f"{reply.get('dsrl/sha256')!r}"[:80])
+        return reply["dsrl/sha256"]
+
+    def served(self) -> dict[str, int]:
+        """What the server has done since it started: prefix_passes, observations, sampler_runs."""
+        return dict(self.client.request({p.OP: "status"})["dsrl/status"])
+
     def _release(self) -> dict[str, list[int]]:
         """Handles that nobody holds any more, as a part of the next message."""
         gone = [self._given_back.popleft() for _ in range(len(self._given_back))]
@@ -145,7 +145,10 @@ class RemotePolicy(RemoteBase):
 
 
 class RemoteBlackBox(RemoteBase):
-    """A base behind a server that only answers observations with actions: each noise sends the observation again."""
+    """A base behind a server that only answers observations with actions: each noise sends the observation again.
+
+    Its `sha256` is that of no weights, and proves nothing.
+    """
 
     def __init__(self, client: Client, uri: str):
         super().__init__(client, uri)

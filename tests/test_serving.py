@@ -1,57 +1,23 @@
 """The server as its clients see it: openpi's protocol, the reserved keys, the fork's envelope, and who may come in."""
 
-import http.client
 import logging
 import subprocess
-import sys
 import threading
 import time
-from urllib.parse import urlsplit
 
 import numpy as np
 import pytest
 import torch
-from dsrl_vla import SteeredPolicy, SteeringHead
+from dsrl_vla import SteeredPolicy
 from dsrl_vla.adapters.flow_mlp import FlowMLP
 from dsrl_vla.errors import DsrlError
-from dsrl_vla.head import HeadConfig
-from dsrl_vla.networks import NetworkConfig
-from dsrl_vla.noise import NoiseLayout
 from dsrl_vla.observation import batch
 from dsrl_vla.serving.keys import PRESETS, KeyMap, parse_keys
 from dsrl_vla.serving.server import PolicyServer, ServerConfig
 from dsrl_vla.serving.service import Handles, Service
 from dsrl_vla.serving.wire import pack, unpack
+from serving_parts import KEY, Failing, Line, Slow, health, make_head, start_cli
 from websockets.exceptions import ConnectionClosed, InvalidStatus
-from websockets.sync.client import connect
-
-KEY = "sixteen-characters-or-more"
-
-
-class Line:
-    """A client's end, as plain as can be."""
-
-    def __init__(self, uri, **options):
-        options = {"compression": None, "max_size": None, "proxy": None} | options
-        self.socket = connect(uri, **options)
-        self.metadata = unpack(self.socket.recv())
-
-    def ask(self, message):
-        self.socket.send(pack(message))
-        reply = self.socket.recv(timeout=60)
-        return reply if isinstance(reply, str) else unpack(reply)
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        self.socket.close()
-
-
-def make_head(base, bound=1.0, **more):
-    torch.manual_seed(1)
-    layout = NoiseLayout(base.spec.noise, "repeat", bound)
-    return SteeringHead(HeadConfig.for_base(base.spec, layout, NetworkConfig(width=16, layers=1), **more)).eval()
 
 
 @pytest.fixture(scope="module")
@@ -103,12 +69,10 @@ def test_without_a_seed_the_base_draws_afresh_and_says_from_where(plain, tiny_pi
 def test_openpis_keys_mean_the_same(plain, tiny_pi0, observation, images):
     seen = observation(tiny_pi0, size=(32, 48))
     theirs = openpi(seen)
-    for key in ("observation/image", "observation/wrist_image"):
+    for camera, key in (("front", "observation/image"), ("wrist", "observation/wrist_image")):
         if images == "float":
             theirs[key] = (theirs[key].astype(np.float32) + 0.25) / 255.25
-            seen["observation.images." + {"observation/image": "front"}.get(key, "wrist")] = (
-                theirs[key] * 255
-            ).astype(np.uint8)
+            seen[f"observation.images.{camera}"] = (theirs[key] * 255).astype(np.uint8)
         if images == "channels first":
             theirs[key] = theirs[key].transpose(2, 0, 1)
     mine = plain.ask({**seen, "dsrl/seed": 1})
@@ -229,27 +193,8 @@ def test_whoever_knows_nothing_of_us_is_told_in_text(plain, tiny_pi0, observatio
     assert "expected a binary frame of msgpack" in plain.socket.recv()
     assert "expected a dictionary" in plain.ask([1, 2])
     assert "expected numbers" in plain.ask(openpi(observation(tiny_pi0)) | {"observation/state": "x"})
-    assert "floats in [0, 1]" in plain.ask(
-        openpi(observation(tiny_pi0)) | {"observation/image": np.full((8, 8, 3), 2.0)}
-    )
-
-
-class Failing(FlowMLP):
-    """Breaks down when the state's first number says so."""
-
-    def _denoise(self, encoding, noise):
-        if (encoding.feature > 1e6).any():
-            raise RuntimeError("secret: /home/someone/weights")
-        actions = super()._denoise(encoding, noise)
-        return actions * float("nan") if self.poison else actions
-
-    poison = False
-
-    def _encode(self, observations, batch):
-        encoding = super()._encode(observations, batch)
-        if (np.asarray(observations["observation.state"])[:, 0] > 100).any():
-            encoding.feature.fill_(1e7)
-        return encoding
+    glaring = {"observation/image": np.full((8, 8, 3), 2.0)}
+    assert "floats in [0, 1]" in plain.ask(openpi(observation(tiny_pi0)) | glaring)
 
 
 def test_a_failure_inside_is_a_number_to_the_client_and_a_traceback_in_the_log(fork_base, served, observation, caplog):
@@ -261,21 +206,10 @@ def test_a_failure_inside_is_a_number_to_the_client_and_a_traceback_in_the_log(f
         number = said.split()[2].rstrip(";")
         assert any(number in record.getMessage() and record.exc_info for record in caplog.records)
         base.poison = True
-        assert line.ask({**seen, "dsrl/seed": 1})["dsrl/error"]["kind"] == "internal"  # no robot is to get NaN
+        refusal = line.ask({**seen, "dsrl/seed": 1})["dsrl/error"]["message"]  # no robot is to get NaN
+        assert refusal.startswith("actions: expected finite values")
         base.poison = False
         assert line.ask(seen)["actions"].shape == (4, 2)
-
-
-class Slow(FlowMLP):
-    """Takes its time, some of it computing."""
-
-    seconds = 0.3
-
-    def _denoise(self, encoding, noise):
-        until, product = time.monotonic() + self.seconds, torch.ones(200, 200)
-        while time.monotonic() < until:
-            product = (product @ product).clamp(0, 1)
-        return super()._denoise(encoding, noise)
 
 
 def test_clients_that_ask_together_share_a_prefix_pass(fork_base, served, observation):
@@ -319,15 +253,6 @@ def test_one_clients_trouble_is_not_everybodys(fork_base, observation):
     with pytest.raises(RuntimeError):
         futures[1].result(10)
     worker.close()
-
-
-def health(uri):
-    where, start = urlsplit(uri), time.perf_counter()
-    link = http.client.HTTPConnection(where.hostname, where.port, timeout=10)
-    link.request("GET", "/healthz")
-    status = link.getresponse().status
-    link.close()
-    return status, time.perf_counter() - start
 
 
 def test_health_checks_are_answered_while_the_base_is_busy(fork_base, served, observation):
@@ -390,14 +315,9 @@ def test_handles_let_go_of_the_least_recently_used():
 
 def test_a_key_keeps_strangers_out(fork_base, served, observation):
     server = served(fork_base, api_key=KEY)
-    for headers in (
-        {},
-        {"Authorization": "Api-Key " + KEY[:-1]},
-        {"Authorization": KEY},
-        {"Authorization": "Bearer é"},
-    ):
+    for words in (None, "Api-Key " + KEY[:-1], KEY, "Bearer é"):
         with pytest.raises(InvalidStatus, match="401"):
-            Line(server.uri, additional_headers=headers)
+            Line(server.uri, additional_headers={"Authorization": words} if words else {})
     assert health(server.uri)[0] == 200
     with Line(server.uri, additional_headers={"Authorization": f"Api-Key {KEY}"}) as line:
         assert "actions" in line.ask(observation(fork_base))
@@ -499,17 +419,6 @@ def test_key_maps():
     three = ObservationSpec(3, {"a": None, "b": None, "c": None})
     with pytest.raises(DsrlError, match="expected a place for each camera of a, b, c"):
         KeyMap().translate({"observation/state": np.zeros(3)}, three)
-
-
-def start_cli(*argv, **env):
-    """``dsrl-vla serve`` in a process of its own; returns it and the URI it prints."""
-    import os
-
-    command = [sys.executable, "-m", "dsrl_vla.cli", "serve", *map(str, argv), "--port", "0"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=os.environ | env)
-    said = process.stdout.readline()
-    assert said.startswith("serving "), said
-    return process, said.split()[-1]
 
 
 def test_the_command_serves_a_base_with_a_head_until_it_is_told_to_stop(fork_base, fork_folder, tmp_path, observation):

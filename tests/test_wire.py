@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from dsrl_vla.errors import DsrlError
 from dsrl_vla.serving.wire import MAX_BYTES, WireError, pack, unpack
+from serving_parts import corrupt
 
 MESSAGE = {
     "observation/image": np.arange(24, dtype=np.uint8).reshape(2, 4, 3),
@@ -147,30 +148,6 @@ def test_too_large_a_message_is_refused_before_it_is_read():
 def test_only_plain_data_and_numbers_are_written(thing):
     with pytest.raises(WireError):
         pack(thing)
-
-
-def corrupt(data, rng):
-    """A message with something wrong: cut, flipped, spliced, grown, or nothing but noise."""
-    kind, data = rng.randrange(6), bytearray(data)
-    if kind == 0:
-        return bytes(data[: rng.randrange(len(data))])
-    if kind == 1:
-        for _ in range(rng.randrange(1, 8)):
-            data[rng.randrange(len(data))] = rng.randrange(256)
-    if kind == 2:
-        at, of = sorted(rng.randrange(len(data)) for _ in range(2))
-        del data[at:of]
-    if kind == 3:
-        at = rng.randrange(len(data))
-        data[at:at] = rng.randbytes(rng.randrange(1, 64))
-    if kind == 4:
-        return rng.randbytes(rng.randrange(1, 400))
-    if kind == 5:  # lengths and types, where they hurt most
-        for marker in (b"shape", b"dtype", b"data", b"__ndarray__"):
-            at = data.find(marker)
-            if at >= 0 and rng.random() < 0.5:
-                data[at + len(marker)] = rng.choice([0xDD, 0xDF, 0xC6, 0xC9, 0xC1, 0xC0, 0xCF, 0x9F, 0x80])
-    return bytes(data)
 
 
 def test_ten_thousand_corrupted_messages_raise_nothing_else():

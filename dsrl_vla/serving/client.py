@@ -139,7 +139,8 @@ class Client:
             self._lock.release()
 
     def _late(self, seconds: float, why: str) -> ServerUnavailableError:
-        return ServerUnavailableError(f"{self.config.uri}: expected an answer within {seconds:g} s, got none ({why}).")
+        words = f"expected an answer within {seconds:.3g} s, got none ({why})."
+        return ServerUnavailableError(f"{self.config.uri}: {words}")
 
     _trouble = "it is connected, and silent"
 

@@ -98,7 +98,7 @@ def spec_from_plain(tree: Any) -> PolicySpec:
         if not isinstance(whole.get(name), str):
             raise _refuse(f"spec.{name}", "text", whole.get(name))
     live = noise.pop("live", None)
-    if not isinstance(live, list) or not all(isinstance(flag, bool) for flag in live):
+    if not isinstance(live, list) or len(live) != noise["dim"] or not all(isinstance(flag, bool) for flag in live):
         raise _refuse("spec.noise.live", "a list of flags", live)
     try:
         return PolicySpec(

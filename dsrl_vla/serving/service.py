@@ -168,11 +168,11 @@ class Service:
         return encoding
 
     def _denoise(self, encoding: Encoding, noise: torch.Tensor) -> torch.Tensor:
-        """(B, K, H, A). Raises ArithmeticError when the base's actions are not finite: no robot is to get them."""
+        """(B, K, H, A). Refuses actions that are not finite: no robot is to get them."""
         actions = self.base.denoise(encoding, noise)
         self.counts["sampler_runs"] += 1
         if not torch.isfinite(actions).all():
-            raise ArithmeticError(f"{self.base.spec.uri}: its actions hold NaN or infinity")
+            raise bad("actions", "finite values out of this observation and noise", "NaN or infinity")
         return actions
 
 

@@ -61,7 +61,7 @@ OPENPI_INSTALL = $(if $(shell command -v uv),uv pip install --python $(OPENPI_BI
 openpi-env: $(OPENPI_VENV)/ready
 
 test-openpi: $(OPENPI_VENV)/ready
-	$(OPENPI_BIN)/python -m pytest tests/test_openpi_*.py tests/test_adapter_battery.py
+	$(OPENPI_BIN)/python -m pytest --disable-warnings tests/test_openpi_*.py tests/test_adapter_battery.py
 
 clean:
 	rm -rf $(VENV) $(OPENPI_VENV) build *.egg-info

@@ -32,7 +32,9 @@ def test_an_episode_is_a_function_of_its_seed(task):
     def play(seed):
         seen, _ = task.reset(seed=seed)
         end = task.step(task.action_space.high)[0]
-        return np.concatenate([seen["observation.state"], end["observation.state"], end["observation.images.image"].ravel()])
+        return np.concatenate(
+            [seen["observation.state"], end["observation.state"], end["observation.images.image"].ravel()]
+        )
 
     first, other = play(5), play(6)
     assert np.array_equal(first, play(5)) and not np.array_equal(first, other)

@@ -45,7 +45,9 @@ def test_a_folder_without_a_policy_is_refused(tmp_path):
 def test_a_missing_lerobot_is_named_with_the_remedy(tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "lerobot.policies", None)
     monkeypatch.setitem(__import__("sys").modules, "lerobot", None)
-    with pytest.raises(MissingExtraError, match=r"Python 3.12 or newer; this is Python 3.*pip install 'dsrl-vla\[lerobot\]'"):
+    with pytest.raises(
+        MissingExtraError, match=r"Python 3.12 or newer; this is Python 3.*pip install 'dsrl-vla\[lerobot\]'"
+    ):
         load_base(config_only(tmp_path, type="smolvla"))
 
 

@@ -125,7 +125,10 @@ def test_splits_made_by_reading_fit_the_installed_classes(index):
 def test_a_sampler_that_draws_nothing_is_refused():
     from dsrl_vla.adapters.lerobot.seam import injected
 
-    with pytest.raises(NotSteerableError, match="expected its sampler to draw noise"), injected(torch.zeros(1, 2), "x"):
+    with (
+        pytest.raises(NotSteerableError, match="expected its sampler to draw noise"),
+        injected(torch.zeros(1, 2), "x"),
+    ):
         torch.randn(1, 3)
 
 

@@ -83,9 +83,10 @@ def save(kind, folder, **changes):
     with contextlib.chdir(folder), sizes(kind):
         for repo_id, put in assets.items():
             put(Path(repo_id))
-        config = make_policy_config(
-            kind, device="cpu", **features(image=_IMAGE.get(kind, IMAGE)) | config_of | changes
-        )
+        fields = features(image=_IMAGE.get(kind, IMAGE)) | config_of | changes
+        if "base_model_path" in fields:  # GR00T would ask the Hub for anything but a path
+            fields["base_model_path"] = str(folder / fields["base_model_path"])
+        config = make_policy_config(kind, device="cpu", **fields)
         torch.manual_seed(0)
         policy = get_policy_class(kind)(config)
         randomise(policy, scale=_SCALE.get(kind, 0.1))
@@ -93,7 +94,8 @@ def save(kind, folder, **changes):
         for pipeline in make_pre_post_processors(config, dataset_stats=statistics()):
             pipeline.save_pretrained(folder)
         for repo_id in assets:  # where the adapter looks: under the repository's last name
-            shutil.move(repo_id, folder / Path(repo_id).name)
+            if "/" in repo_id:
+                shutil.move(repo_id, folder / Path(repo_id).name)
     return policy.eval()
 
 
@@ -103,6 +105,12 @@ def sizes(kind):
     with contextlib.ExitStack() as stack:
         if kind in ("pi0", "pi05"):
             _small_paligemma(stack, kind)
+        if kind == "groot":
+            import tiny_vlms
+            from lerobot.policies.groot import groot_n1_7
+
+            config = tiny_vlms.qwen3_vl_config(byte_tokenizer(tiny_vlms.TOKENS))
+            stack.enter_context(mock.patch.object(groot_n1_7, "_cosmos_reason2_qwen3_vl_config", lambda: config))
         yield
 
 
@@ -176,7 +184,7 @@ _PALIGEMMA = {"google/paligemma-3b-pt-224": _paligemma_tokenizer}
 _CHUNK = {"chunk_size": 6, "n_action_steps": 3}
 _PI = dict(image_resolution=(IMAGE, IMAGE), num_inference_steps=4, max_action_dim=8, max_state_dim=8, **_CHUNK)
 _IMAGE = {"diffusion": 64}  # its backbone divides by 32, and a single keypoint's place says nothing
-_SCALE = {"diffusion": 0.02, "multi_task_dit": 0.05}
+_SCALE = {"diffusion": 0.02, "multi_task_dit": 0.05, "groot": 0.03}
 
 
 def _vlm(name):
@@ -285,6 +293,17 @@ _BUILDERS = {
             **_CHUNK,
         ),
         {"facebook/bart-large": _bart_tokenizer},
+    ),
+    "groot": (
+        {
+            "base_model_path": "GR00T-N1.7-tiny",
+            "chunk_size": 6,
+            "n_action_steps": 3,
+            "max_action_dim": 8,
+            "max_state_dim": 8,
+            "use_bf16": False,
+        },
+        {"nvidia/Cosmos-Reason2-2B": _vlm("qwen3_vl"), "GR00T-N1.7-tiny": _vlm("groot")},
     ),
     "vla_jepa": (
         dict(

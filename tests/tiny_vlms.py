@@ -71,6 +71,7 @@ def qwen3_vl(folder):
     )
 
     tokenizer = byte_tokenizer(TOKENS)
+    tokenizer.chat_template = CHAT
     size = {"shortest_edge": 32 * 32, "longest_edge": 64 * 64}
     images = Qwen2VLImageProcessorFast(patch_size=16, merge_size=2, size=size)
     processor = Qwen3VLProcessor(images, tokenizer, Qwen3VLVideoProcessor(), chat_template=CHAT)
@@ -130,3 +131,28 @@ def internvl(folder):
     image = tokenizer.convert_tokens_to_ids("<IMG_CONTEXT>")
     config = InternVLConfig(text_config=text, vision_config=vision, image_token_id=image, image_seq_length=4)
     _save(InternVLModel(config), folder, tokenizer)
+
+
+def groot(folder):
+    """GR00T's own checkpoint, which its LeRobot policy is built from; its backbone's sizes are in code."""
+    from lerobot.policies.groot.groot_n1_7 import GR00TN17, GR00TN17Config
+
+    dit = {"positional_embeddings": None, "num_layers": 2, "num_attention_heads": 2, "attention_head_dim": 16}
+    dit |= {"norm_type": "ada_norm", "final_dropout": True, "output_dim": 32, "interleave_self_attention": True}
+    attention = {"positional_embeddings": None, "num_layers": 1, "num_attention_heads": 2, "attention_head_dim": 16}
+    config = GR00TN17Config(
+        model_dtype="float32",
+        backbone_embedding_dim=32,
+        select_layer=2,
+        max_state_dim=8,
+        max_action_dim=8,
+        action_horizon=6,
+        hidden_size=32,
+        input_embedding_dim=32,
+        max_seq_len=64,
+        diffusion_model_cfg=dit,
+        vl_self_attention_cfg=attention | {"final_dropout": True},
+        max_num_embodiments=32,
+    )
+    torch.manual_seed(1)
+    GR00TN17(config, load_backbone_weights=False).save_pretrained(folder)

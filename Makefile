@@ -3,6 +3,10 @@
 # A particular build of torch, for instance a CPU one: make demo TORCH="torch==2.13.0"
 PYTHON ?= python3
 TORCH ?= torch>=2.7
+# LeRobot's tests need Python 3.12 or newer and an environment of their own: make lerobot-env LEROBOT_PYTHON=python3.13
+LEROBOT_PYTHON ?= python3.12
+LEROBOT_VENV ?= .venv-lerobot
+LEROBOT_TESTS := tests/test_lerobot_*.py tests/test_adapter_battery.py -k lerobot
 VENV ?= .venv
 BIN := $(VENV)/bin
 OPENPI_VENV ?= .venv-openpi
@@ -10,14 +14,15 @@ OPENPI_BIN := $(OPENPI_VENV)/bin
 OUT ?= runs/demo
 JOBS ?= auto
 
-.PHONY: demo test lint bench-metaworld openpi-env test-openpi clean
+.PHONY: demo test lint bench-metaworld lerobot-env test-lerobot openpi-env test-openpi clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo   set up, steer the embedded base to success, leave $(OUT)/"
-	@echo "make test   set up, run the tests"
+	@echo "make test   set up, run the tests; LeRobot's and openpi's too, once their environments are there"
+	@echo "make lerobot-env   set up $(LEROBOT_VENV) with LeRobot (Python 3.12 or newer, about 6 GB)"
 	@echo "make lint   ruff and mypy"
-	@echo "make openpi-env   an environment with openpi, in $(OPENPI_VENV) (2 GB); make test then runs its tests too"
+	@echo "make openpi-env   an environment with openpi, in $(OPENPI_VENV) (2 GB)"
 	@echo "make bench-metaworld   the README's table again (about two hours on two cores)"
 
 $(VENV)/ready: setup.cfg pyproject.toml
@@ -35,7 +40,23 @@ demo: $(VENV)/ready
 
 test: $(VENV)/ready
 	$(BIN)/python -m pytest -n $(JOBS)
-	$(if $(wildcard $(OPENPI_VENV)/ready),$(MAKE) test-openpi)
+	@if [ -e $(LEROBOT_VENV)/ready ]; then $(MAKE) test-lerobot; fi
+	@if [ -e $(OPENPI_VENV)/ready ]; then $(MAKE) test-openpi; fi
+
+lerobot-env: $(LEROBOT_VENV)/ready
+
+# uv resolves and fetches this one several times faster than pip, which stays as the second choice.
+$(LEROBOT_VENV)/ready: setup.cfg pyproject.toml
+	@$(LEROBOT_PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 12))' || \
+	  { echo "dsrl-vla: LeRobot needs Python 3.12 or newer. Set LEROBOT_PYTHON=<one>; 'uv python find 3.12' may know."; exit 2; }
+	$(LEROBOT_PYTHON) -m venv $(LEROBOT_VENV)
+	$(LEROBOT_VENV)/bin/python -m pip install --quiet --upgrade pip uv
+	$(LEROBOT_VENV)/bin/uv pip install --quiet --python $(LEROBOT_VENV)/bin/python -e ".[lerobot-dev]" || \
+	  $(LEROBOT_VENV)/bin/python -m pip install --quiet -e ".[lerobot-dev]"
+	touch $@
+
+test-lerobot: $(LEROBOT_VENV)/ready
+	$(LEROBOT_VENV)/bin/python -m pytest $(LEROBOT_TESTS)
 
 lint: $(VENV)/ready
 	$(BIN)/ruff check --config .ci/ruff.toml .
@@ -64,4 +85,4 @@ test-openpi: $(OPENPI_VENV)/ready
 	$(OPENPI_BIN)/python -m pytest --disable-warnings tests/test_openpi_*.py tests/test_adapter_battery.py
 
 clean:
-	rm -rf $(VENV) $(OPENPI_VENV) build *.egg-info
+	rm -rf $(VENV) $(LEROBOT_VENV) $(OPENPI_VENV) build *.egg-info

@@ -13,14 +13,27 @@ TOKENS = ("<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<
 
 def _text(vocabulary, **more):
     rope = {"rope_type": "default", "mrope_section": [4, 2, 2], "rope_theta": 10000.0} | more.pop("rope", {})
-    return dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
-                num_key_value_heads=2, head_dim=16, vocab_size=vocabulary, rope_scaling=rope, rope_parameters=rope,
-                max_position_embeddings=2048) | more  # fmt: skip
+    return {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "vocab_size": vocabulary,
+        "rope_scaling": rope,
+        "rope_parameters": rope,
+        "max_position_embeddings": 2048,
+    } | more
 
 
 def _ids(tokenizer):
-    wanted = {"image_token_id": TOKENS[4], "video_token_id": TOKENS[5], "vision_start_token_id": TOKENS[2],
-              "vision_end_token_id": TOKENS[3]}  # fmt: skip
+    wanted = {
+        "image_token_id": TOKENS[4],
+        "video_token_id": TOKENS[5],
+        "vision_start_token_id": TOKENS[2],
+        "vision_end_token_id": TOKENS[3],
+    }
     return {key: tokenizer.convert_tokens_to_ids(token) for key, token in wanted.items()}
 
 
@@ -34,17 +47,31 @@ def _save(model, folder, *processors):
 def qwen3_vl_config(tokenizer, spare=128):
     from transformers import Qwen3VLConfig
 
-    vision = dict(depth=2, hidden_size=32, intermediate_size=64, num_heads=2, patch_size=16, out_hidden_size=32,
-                  num_position_embeddings=16, deepstack_visual_indexes=[0], spatial_merge_size=2)  # fmt: skip
+    vision = {
+        "depth": 2,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_heads": 2,
+        "patch_size": 16,
+        "out_hidden_size": 32,
+        "num_position_embeddings": 16,
+        "deepstack_visual_indexes": [0],
+        "spatial_merge_size": 2,
+    }
     text = _text(len(tokenizer) + spare, rope={"mrope_interleaved": True})
     return Qwen3VLConfig(text_config=text, vision_config=vision, **_ids(tokenizer))
 
 
 def qwen3_vl(folder):
-    from transformers import AutoVideoProcessor, Qwen2VLImageProcessorFast, Qwen3VLForConditionalGeneration
-    from transformers import Qwen3VLProcessor, Qwen3VLVideoProcessor
+    from transformers import (
+        Qwen2VLImageProcessorFast,
+        Qwen3VLForConditionalGeneration,
+        Qwen3VLProcessor,
+        Qwen3VLVideoProcessor,
+    )
 
     tokenizer = byte_tokenizer(TOKENS)
+    tokenizer.chat_template = CHAT
     size = {"shortest_edge": 32 * 32, "longest_edge": 64 * 64}
     images = Qwen2VLImageProcessorFast(patch_size=16, merge_size=2, size=size)
     processor = Qwen3VLProcessor(images, tokenizer, Qwen3VLVideoProcessor(), chat_template=CHAT)
@@ -52,12 +79,26 @@ def qwen3_vl(folder):
 
 
 def qwen2_5_vl(folder):
-    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2_5_VLProcessor
-    from transformers import Qwen2VLImageProcessorFast, Qwen2VLVideoProcessor
+    from transformers import (
+        Qwen2_5_VLConfig,
+        Qwen2_5_VLForConditionalGeneration,
+        Qwen2_5_VLProcessor,
+        Qwen2VLImageProcessorFast,
+        Qwen2VLVideoProcessor,
+    )
 
     tokenizer = byte_tokenizer(TOKENS)
-    vision = dict(depth=2, hidden_size=32, intermediate_size=64, num_heads=2, patch_size=14, out_hidden_size=32,
-                  fullatt_block_indexes=[1], window_size=56, spatial_merge_size=2)  # fmt: skip
+    vision = {
+        "depth": 2,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_heads": 2,
+        "patch_size": 14,
+        "out_hidden_size": 32,
+        "fullatt_block_indexes": [1],
+        "window_size": 56,
+        "spatial_merge_size": 2,
+    }
     config = Qwen2_5_VLConfig(text_config=_text(len(tokenizer) + 16), vision_config=vision, **_ids(tokenizer))
     size = {"shortest_edge": 28 * 28, "longest_edge": 56 * 56}
     images = Qwen2VLImageProcessorFast(patch_size=14, merge_size=2, size=size)
@@ -69,10 +110,49 @@ def internvl(folder):
     from transformers import InternVLConfig, InternVLModel
 
     tokenizer = byte_tokenizer(("<IMG_CONTEXT>", "<img>", "</img>"))
-    text = dict(model_type="qwen2", hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
-                num_key_value_heads=2, vocab_size=len(tokenizer), max_position_embeddings=2048)  # fmt: skip
-    vision = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2,
-                  image_size=[IMAGE, IMAGE], patch_size=[8, 8])  # fmt: skip
+    text = {
+        "model_type": "qwen2",
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+        "vocab_size": len(tokenizer),
+        "max_position_embeddings": 2048,
+    }
+    vision = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "image_size": [IMAGE, IMAGE],
+        "patch_size": [8, 8],
+    }
     image = tokenizer.convert_tokens_to_ids("<IMG_CONTEXT>")
     config = InternVLConfig(text_config=text, vision_config=vision, image_token_id=image, image_seq_length=4)
     _save(InternVLModel(config), folder, tokenizer)
+
+
+def groot(folder):
+    """GR00T's own checkpoint, which its LeRobot policy is built from; its backbone's sizes are in code."""
+    from lerobot.policies.groot.groot_n1_7 import GR00TN17, GR00TN17Config
+
+    dit = {"positional_embeddings": None, "num_layers": 2, "num_attention_heads": 2, "attention_head_dim": 16}
+    dit |= {"norm_type": "ada_norm", "final_dropout": True, "output_dim": 32, "interleave_self_attention": True}
+    attention = {"positional_embeddings": None, "num_layers": 1, "num_attention_heads": 2, "attention_head_dim": 16}
+    config = GR00TN17Config(
+        model_dtype="float32",
+        backbone_embedding_dim=32,
+        select_layer=2,
+        max_state_dim=8,
+        max_action_dim=8,
+        action_horizon=6,
+        hidden_size=32,
+        input_embedding_dim=32,
+        max_seq_len=64,
+        diffusion_model_cfg=dit,
+        vl_self_attention_cfg=attention | {"final_dropout": True},
+        max_num_embodiments=32,
+    )
+    torch.manual_seed(1)
+    GR00TN17(config, load_backbone_weights=False).save_pretrained(folder)

@@ -14,7 +14,6 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from dsrl_vla.errors import DsrlError, MissingExtraError, NotSteerableError, bad
 
 from ..refusals import refuse_unsteerable

@@ -87,6 +87,8 @@ class TrainConfig:
     gradient_steps: float = 3.0
     """Updates per decision."""
     replay_capacity: int = 50_000
+    replay_on_disk: bool = False
+    """Keep what was observed in files of the run's directory: for images beyond what memory holds."""
     validate_every: int = 2_500
     """Environment steps between validations, which choose the best head."""
     validation_episodes: int = 20

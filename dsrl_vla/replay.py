@@ -7,8 +7,10 @@ storing it once halves the memory; an episode's last observation is stored for i
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -52,14 +54,18 @@ class Replay:
     """A ring of `capacity` transitions.
 
     The caller owns the order of calls: `observe` returns an index, `add` joins two of them. An observation
-    is dropped when `capacity` + 25 % newer ones have been stored; transitions that refer to it go with it.
+    is dropped when `capacity` + 10 % newer ones have been stored; transitions that refer to it go with it.
+
+    Args:
+        folder: where observations and extras live, as files that the system pages in and out; in memory by default.
+            It belongs to this store, which writes over what it finds there.
     """
 
-    def __init__(self, capacity: int, latent_shape: tuple[int, int]):
+    def __init__(self, capacity: int, latent_shape: tuple[int, int], folder: Path | None = None):
         if capacity < 1:
             raise bad("replay.capacity", "1 or more", capacity)
-        self.capacity = capacity
-        self.rows = capacity + capacity // 4 + 64
+        self.capacity, self.folder = capacity, folder
+        self.rows = capacity + capacity // 10 + 64
         self.inputs: HeadInputs = {}
         self.extras: Extras = {}
         self.latent = torch.zeros(capacity, *latent_shape)
@@ -84,8 +90,18 @@ class Replay:
     def _write(self, store: dict[str, torch.Tensor], values: dict[str, torch.Tensor], numbers: np.ndarray) -> None:
         for name, rows in values.items():
             if name not in store:
-                store[name] = torch.zeros(self.rows, *rows.shape[1:], dtype=rows.dtype)
+                store[name] = self._allocate(name, rows)
             store[name][torch.from_numpy(numbers) % self.rows] = rows
+
+    def _allocate(self, name: str, like: torch.Tensor) -> torch.Tensor:
+        """Room for all rows of this shape and dtype."""
+        shape = (self.rows, *like.shape[1:])
+        if self.folder is None:
+            return torch.zeros(shape, dtype=like.dtype)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        path = self.folder / name
+        path.unlink(missing_ok=True)
+        return torch.from_file(str(path), shared=True, size=math.prod(shape), dtype=like.dtype).view(shape)
 
     def add(
         self, now: np.ndarray, latent: torch.Tensor, reward: np.ndarray, discount: np.ndarray, then: np.ndarray

@@ -67,7 +67,8 @@ class Trainer:
         self.learner = build_learner(
             recipe.algorithm, base, self.head, recipe.critic, sac, recipe.na, bounds, config.seed
         )
-        self.replay = Replay(config.replay_capacity, layout.latent_shape)
+        on_disk = out / "replay" if config.replay_on_disk else None
+        self.replay = Replay(config.replay_capacity, layout.latent_shape, on_disk)
         first_seed = seed_ranges.TRAINING * (1 + config.seed)
         self.data: Replay | MixedReplay = self.replay
         if recipe.offline.source:

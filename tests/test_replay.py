@@ -96,3 +96,25 @@ def test_batches_drawn_at_once_are_those_drawn_one_by_one():
             mine, its = getattr(batch, field), getattr(alone, field)
             assert mine.keys() == its.keys() and all(torch.equal(mine[k], its[k]) for k in mine)
     assert one.bit_generator.state == other.bit_generator.state
+
+
+def test_a_store_on_disk_is_the_same_store(tmp_path):
+    rng = np.random.default_rng(0)
+    stores = Replay(30, (1, 2)), Replay(30, (1, 2), tmp_path / "replay")
+    (tmp_path / "replay").mkdir()
+    (tmp_path / "replay" / "state").write_bytes(b"left by another run")
+    for step in range(20):
+        values = rng.integers(0, 200, 4)
+        for replay in stores:
+            numbers = observe(replay, values)
+            replay.attach(numbers, {"action": torch.as_tensor(values, dtype=torch.float32)[:, None]})
+            add(replay, numbers[:-1], numbers[1:], value=float(step))
+    size = (tmp_path / "replay" / "image.front").stat().st_size
+    assert size == stores[1].rows  # one byte each
+    one, two = (replay.sample(50, np.random.default_rng(1)) for replay in stores)
+    assert torch.equal(one.inputs["state"], two.inputs["state"])
+    assert torch.equal(one.next_inputs["image.front"], two.next_inputs["image.front"])
+    assert torch.equal(one.extras["action"], two.extras["action"])
+    again = Replay(30, (1, 2), tmp_path / "again")
+    again.load_tensors({k: v.clone() for k, v in stores[1].tensors().items()}, stores[1].observed, stores[1].added)
+    assert torch.equal(again.sample(50, np.random.default_rng(1)).reward, two.reward)

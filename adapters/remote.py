@@ -23,6 +23,8 @@ import numpy as np
 import torch
 from dsrl_vla.errors import NotSteerableError, bad, unknown
 from dsrl_vla.observation import PROMPT, Observations, select
+from dsrl_vla.pairing import Fingerprint
+from dsrl_vla.plain import from_plain
 from dsrl_vla.policy import Encoding, FrozenPolicy
 from dsrl_vla.serving import protocol as p
 from dsrl_vla.serving.client import Client, ClientConfig, HandleGoneError, steering
@@ -56,6 +58,9 @@ class RemoteBase(FrozenPolicy):
         served = p.spec_from_plain(about.get("spec"))
         # A head belongs to the base, wherever it runs: the name it remembers is the one the server has for it.
         self.spec = replace(served, uri=uri, repo_id=served.repo_id or served.uri)
+        mark = about.get("fingerprint")
+        if mark is not None:
+            self._fingerprint = from_plain(Fingerprint, mark, "fingerprint", "key of the server's")
 
     def state_dict(self) -> Mapping[str, torch.Tensor]:
         """Empty: the weights are elsewhere."""

@@ -45,6 +45,7 @@ class Line:
 def make_head(base, bound=1.0, **more):
     torch.manual_seed(1)
     layout = NoiseLayout(base.spec.noise, "repeat", bound)
+    more.setdefault("fingerprint", base.fingerprint())
     return SteeringHead(HeadConfig.for_base(base.spec, layout, NetworkConfig(width=16, layers=1), **more)).eval()
 
 

@@ -8,7 +8,7 @@ import time
 import numpy as np
 import pytest
 import torch
-from dsrl_vla import load_base, load_recipe, train
+from dsrl_vla import SteeredPolicy, load_base, load_recipe, train
 from dsrl_vla.collect import Collector
 from dsrl_vla.errors import DsrlError, NotSteerableError
 from dsrl_vla.head import HeadConfig, SteeringHead
@@ -56,7 +56,9 @@ def test_the_spec_crosses_the_wire_and_a_head_knows_the_base_by_its_own_name(rem
     assert spec.uri.startswith("remote:ws://") and spec.repo_id == "transformers:tiny"
     for field in ("adapter", "noise", "observation", "action_dim", "executed_steps", "sampler_steps", "feature_dim"):
         assert getattr(spec, field) == getattr(tiny_pi0.spec, field)
-    make_head(remote_pi0).check_base(tiny_pi0.spec)
+    assert remote_pi0.fingerprint() == tiny_pi0.fingerprint() and tiny_pi0.fingerprint().weights
+    for trained_on, used_on in ((remote_pi0, tiny_pi0), (tiny_pi0, remote_pi0)):
+        SteeredPolicy(used_on, make_head(trained_on))
     assert make_head(remote_pi0).config.base_model_name_or_path == "transformers:tiny"
 
 

@@ -51,7 +51,7 @@ def metadata(spec: PolicySpec, *, handles: bool, **more: Any) -> dict[str, Any]:
     Args:
         handles: whether it keeps encodings (ops encode and denoise); without, a client sends each observation again
             for every noise.
-        more: ``layout``, ``head``, ``sha256``; for people and for checks.
+        more: ``layout``, ``head``, ``sha256``, ``fingerprint``; for people and for checks.
     """
     space = spec.noise
     return {

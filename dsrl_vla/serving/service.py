@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import Counter, OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -85,6 +85,7 @@ class Service:
         self.counts: Counter[str] = Counter()
         """prefix_passes, observations (rows in them), sampler_runs."""
         self.sha256 = base.sha256()
+        self.fingerprint = base.fingerprint()
 
     @property
     def seen(self) -> ObservationSpec:
@@ -97,7 +98,8 @@ class Service:
         """What the server opens with."""
         layout = self.policy.head.layout if self.policy else None
         about = {"name": layout.name, "bound": layout.bound, "columns": layout.columns} if layout else None
-        return p.metadata(self.base.spec, handles=True, sha256=self.sha256, layout=about)
+        mark = asdict(self.fingerprint) if self.fingerprint else None
+        return p.metadata(self.base.spec, handles=True, sha256=self.sha256, fingerprint=mark, layout=about)
 
     def warm_up(self, batch: int = 1) -> None:
         """Run every path once, so that no client waits for compilation."""

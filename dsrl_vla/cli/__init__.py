@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable
 
 from ..errors import DsrlError, unknown
-from .listing import list_adapters, list_recipes
+from .listing import init_recipe, list_adapters, list_recipes
 from .measuring import run_eval, run_preflight, run_record, run_search
 from .serving import run_serve
 from .sharing import run_inspect, run_pull, run_push
@@ -43,7 +43,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def _usage() -> str:
     lines = ["usage: dsrl-vla COMMAND …    (dsrl-vla COMMAND --help tells more)", ""]
-    lines += [f"  {name:<10} {(command.__doc__ or '').strip()}" for name, command in COMMANDS.items()]
+    lines += [f"  {name:<11} {(command.__doc__ or '').strip()}" for name, command in COMMANDS.items()]
     return "\n".join(lines)
 
 
@@ -59,5 +59,6 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "inspect": run_inspect,
     "pull": run_pull,
     "recipes": list_recipes,
+    "init-recipe": init_recipe,
     "adapters": list_adapters,
 }

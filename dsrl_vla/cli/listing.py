@@ -1,9 +1,10 @@
-"""``recipes`` and ``adapters``: what is there."""
+"""``recipes``, ``init-recipe`` and ``adapters``: what is there, and a start of your own."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Annotated
+from pathlib import Path
+from typing import Annotated, Any
 
 import tyro
 
@@ -15,15 +16,46 @@ class ListArgs:
     json: Annotated[bool, tyro.conf.arg(help="Print JSON.")] = field(default=False)
 
 
+@dataclass(frozen=True)
+class InitArgs:
+    """Write a commented recipe for your own base and task."""
+
+    preflight: tyro.conf.Positional[Path]
+    """The preflight.json of `dsrl-vla preflight demo --base.uri <yours> --task.uri <yours>`."""
+    out: Path
+    """The recipe to write, a new .yaml file."""
+
+
 def list_recipes(argv: list[str]) -> int:
-    """List the recipes that ship."""
+    """List the recipes that ship, with what they were measured at."""
     args = tyro.cli(ListArgs, prog="dsrl-vla recipes", args=argv)
-    import yaml
+    from dataclasses import asdict
 
-    from ..recipes import shipped
+    from ..shelf import shelf
 
-    rows = {name: (yaml.safe_load(path.read_text()) or {}).get("description", "") for name, path in shipped().items()}
-    return _print(rows, args.json)
+    entries = shelf()
+    if args.json:
+        return _print({entry.name: {k: v for k, v in asdict(entry).items() if k != "name"} for entry in entries}, True)
+    for entry in entries:
+        print(f"{entry.name}\n    {entry.description}")
+        print(f"    {entry.status}" + (f": {entry.figures}; {entry.artefact}" if entry.figures else ""))
+    return 0
+
+
+def init_recipe(argv: list[str]) -> int:
+    """Write a commented recipe for your own base and task, from preflight's findings."""
+    args = tyro.cli(InitArgs, prog="dsrl-vla init-recipe", args=argv)
+    from ..errors import bad
+    from ..first_recipe import first_recipe
+    from ..recipe import load_recipe
+    from ..run_dir import write_text
+
+    if args.out.suffix != ".yaml" or args.out.exists():
+        raise bad(f"{args.out}", "a new file that ends in .yaml", "one that exists" if args.out.exists() else args.out)
+    write_text(args.out, first_recipe(args.preflight, args.out.stem))
+    load_recipe(args.out)
+    print(f"written: {args.out}\nnext: dsrl-vla train {args.out}")
+    return 0
 
 
 def list_adapters(argv: list[str]) -> int:
@@ -34,7 +66,7 @@ def list_adapters(argv: list[str]) -> int:
     return _print({f"{name}:": where for name, where in adapters().items()}, args.json)
 
 
-def _print(rows: dict[str, str], as_json: bool) -> int:
+def _print(rows: dict[str, Any], as_json: bool) -> int:
     import json
 
     width = max(map(len, rows), default=0)

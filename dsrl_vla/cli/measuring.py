@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +95,7 @@ def run_preflight(argv: list[str]) -> int:
             bar.update()
 
         result = preflight(base, task, config, tick)
+    result["recipe"] = {"base": asdict(recipe.base), "task": asdict(recipe.task)}
     with disk_errors(out):
         out.mkdir(parents=True, exist_ok=True)
         write_json(out / "preflight.json", result)

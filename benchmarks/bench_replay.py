@@ -25,7 +25,7 @@ import tyro
 from common import Goal, finish, interval, side_by_side
 from dsrl_vla.replay import Replay
 
-CAPACITY, BATCH, STATE, NOISE, EPISODE = 4000, 256, 8, 32, 15
+CAPACITY, BATCH, STATE, NOISE, EPISODE = 8000, 256, 8, 32, 15
 IMAGE = (64, 64, 3)
 
 

@@ -54,7 +54,7 @@ class Replay:
     """A ring of `capacity` transitions.
 
     The caller owns the order of calls: `observe` returns an index, `add` joins two of them. An observation
-    is dropped when `capacity` + 10 % newer ones have been stored; transitions that refer to it go with it.
+    is dropped when `capacity` + 8 % newer ones have been stored; transitions that refer to it go with it.
 
     Args:
         folder: where observations and extras live, as files that the system pages in and out; in memory by default.
@@ -65,7 +65,7 @@ class Replay:
         if capacity < 1:
             raise bad("replay.capacity", "1 or more", capacity)
         self.capacity, self.folder = capacity, folder
-        self.rows = capacity + capacity // 10 + 64
+        self.rows = capacity + capacity // 12 + 64
         self.inputs: HeadInputs = {}
         self.extras: Extras = {}
         self.latent = torch.zeros(capacity, *latent_shape)
@@ -145,16 +145,18 @@ class Replay:
         if first == self.added:
             raise bad("replay", "at least one transition", "none")
         slots = torch.from_numpy(rng.integers(first, self.added, size)) % self.capacity
-        rows = self.index[slots] % self.rows
-        now, then = rows[:, 0], rows[:, 1]
+        rows = self.index.index_select(0, slots) % self.rows
+        now, then = rows.unbind(1)
+        # index_select copies whole rows; indexing goes number by number, at a tenth of the speed for images.
+        gather = lambda store, numbers: {k: v.index_select(0, numbers) for k, v in store.items()}
         return Batch(
-            inputs={k: v[now] for k, v in self.inputs.items()},
-            latent=self.latent[slots],
-            reward=self.reward[slots],
-            discount=self.discount[slots],
-            next_inputs={k: v[then] for k, v in self.inputs.items()},
-            extras={k: v[now] for k, v in self.extras.items()},
-            next_extras={k: v[then] for k, v in self.extras.items()},
+            inputs=gather(self.inputs, now),
+            latent=self.latent.index_select(0, slots),
+            reward=self.reward.index_select(0, slots),
+            discount=self.discount.index_select(0, slots),
+            next_inputs=gather(self.inputs, then),
+            extras=gather(self.extras, now),
+            next_extras=gather(self.extras, then),
         )
 
     def batches(self, count: int, size: int, rng: np.random.Generator) -> Iterator[Batch]:

@@ -95,7 +95,7 @@ def test_training_over_the_wire_gives_the_same_head_bit_for_bit(fork_recipe, for
 def test_a_recipe_names_a_remote_base(fork_recipe, fork_base, served, tmp_path):
     over = {"base": {"uri": f"remote:{served(fork_base).uri}?deadline=30"}, "train": {"env_steps": 300}}
     run = train(load_recipe(fork_recipe, over), tmp_path / "run", evaluate_after=False)
-    run.head.check_base(fork_base.spec)
+    SteeredPolicy(fork_base, run.head)
     again = load_recipe(tmp_path / "run" / "recipe.yaml").base.load()
     assert again.client.config.deadline_s == 30
     again.close()

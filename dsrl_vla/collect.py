@@ -58,6 +58,10 @@ class Collector:
         self.episodes, self.env_steps, self.decisions = episodes, env_steps, decisions
         self._start()
 
+    def restore(self) -> int:
+        """Take in episodes that are on the disk and in no checkpoint; return how many. A simulator has none."""
+        return 0
+
     @torch.no_grad()
     def step(self, warm_up: bool) -> None:
         """One decision in every environment."""

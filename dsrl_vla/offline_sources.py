@@ -16,7 +16,6 @@ The npz format: all steps of all episodes one after the other, one array per fie
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
@@ -24,7 +23,8 @@ from typing import Any
 
 import numpy as np
 
-from .errors import DsrlError, bad, missing_extra
+from .entry_points import imported
+from .errors import bad, missing_extra
 from .observation import IMAGE_PREFIX, PROMPT
 from .offline import OfflineConfig, OfflineEpisode, Relabel, sparse_success
 
@@ -153,11 +153,7 @@ def load_relabel(name: str) -> Relabel:
     """
     if name in _SHIPPED:
         return _SHIPPED[name]
-    module, colon, function = name.partition(":")
-    if not colon:
+    if ":" not in name:
         raise bad("offline.relabel", f"{', '.join(_SHIPPED)} or package.module:function", f"'{name}'")
-    try:
-        found: Relabel = getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError) as error:
-        raise DsrlError(f"offline.relabel: expected an importable function, got '{name}' ({error}).") from error
+    found: Relabel = imported(name, "offline.relabel")
     return found

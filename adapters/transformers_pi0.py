@@ -107,7 +107,7 @@ def load(
     """
     if dtype not in DTYPES:
         raise bad("base.dtype", " or ".join(DTYPES), f"'{dtype}'")
-    folder, repo_id, revision = _resolve(source)
+    folder, repo_id, revision = resolve(source)
     config = _read_config(folder, source)
     refuse_unsteerable(source, config)
     if config.get("model_type") != "pi0":
@@ -139,7 +139,7 @@ def _quiet() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def _resolve(source: str) -> tuple[Path, str, str]:
+def resolve(source: str) -> tuple[Path, str, str]:
     """Return (folder, repo id, resolved revision); downloads from the Hub when `source` is not a folder."""
     folder = Path(source).expanduser()
     if folder.is_dir():

@@ -14,11 +14,10 @@ import yaml
 from tqdm import tqdm
 
 from . import seeds as seed_ranges
-from .adapters.pi0_processing import Pi0Processing
-from .adapters.transformers_pi0 import TransformersPi0
+from .entry_points import load
 from .errors import bad
 from .evaluation import measure
-from .nano.clone import CloneConfig, clone
+from .nano.clone import CloneConfig
 from .nano.demos import DemoConfig, Demos, collect
 from .nano.model import NanoConfig
 from .observation import IMAGE_PREFIX, PROMPT, Observations
@@ -29,12 +28,16 @@ from .rollout import TaskConfig, VectorTask
 from .run_dir import disk_errors, write_json, write_text
 from .sources import PriorNoise
 
+GROUP = "dsrl_vla.architectures"
+
 
 @dataclass(frozen=True)
 class PretrainRecipe:
     """A nano base, as data."""
 
     name: str = "nano"
+    architecture: str = "pi0"
+    """pi0 (transformers) or smolvla (LeRobot); an entry point of the group ``dsrl_vla.architectures``."""
     description: str = ""
     demos: DemoConfig = field(default_factory=DemoConfig)
     clone: CloneConfig = field(default_factory=CloneConfig)
@@ -60,7 +63,7 @@ def pretrain(recipe: PretrainRecipe, out: Path) -> FrozenPolicy:
     """Clone a nano base and measure it; leave a Hub-format folder at `out`.
 
     Raises:
-        DsrlError: `out` already holds a base, or an unknown task.
+        DsrlError: `out` already holds a base, or an unknown task or architecture.
     """
     if (out / "config.json").exists():
         raise bad(str(out), "a new folder", "one that holds a base")
@@ -75,14 +78,11 @@ def pretrain(recipe: PretrainRecipe, out: Path) -> FrozenPolicy:
             bar.update()
             bar.set_postfix({k: f"{v:.3f}" for k, v in losses.items()}, refresh=False)
 
-        model, tokenizer, statistics = clone(demos, recipe.clone, recipe.model, report)
+        with disk_errors(out):
+            out.mkdir(parents=True, exist_ok=True)
+        base = load(GROUP, "architecture", recipe.architecture)(demos, recipe.clone, recipe.model, out, report)
     with disk_errors(out):
-        out.mkdir(parents=True, exist_ok=True)
-        model.save_pretrained(out)
-        tokenizer.save_pretrained(out)
-        statistics.save(out)
         write_text(out / "pretrain.yaml", yaml.safe_dump(json.loads(json.dumps(asdict(recipe))), sort_keys=False))
-    base = TransformersPi0(model, Pi0Processing(statistics, tokenizer, recipe.model.max_state_dim), uri=f"nano:{out}")
     write_results(out, recipe, base, demos)
     return base
 
@@ -92,7 +92,7 @@ def write_results(out: Path, recipe: PretrainRecipe, base: FrozenPolicy, demos: 
     results = measure_nano(base, recipe, demos.prompts)
     results["demonstrations_success"] = demos.expert_success
     write_json(out / "eval.json", results)
-    write_text(out / "README.md", model_card(recipe, results))
+    write_text(out / "README.md", model_card(recipe, results, base))
     return results
 
 
@@ -138,7 +138,7 @@ def measure_nano(base: FrozenPolicy, recipe: PretrainRecipe, prompts: tuple[str,
     return results
 
 
-def model_card(recipe: PretrainRecipe, results: dict[str, Any]) -> str:
+def model_card(recipe: PretrainRecipe, results: dict[str, Any], base: Any) -> str:
     """The card of a nano base: what it is, how it was made, how it was measured."""
     rows = [
         "| task | its own prompt and image | another task's prompt | another episode's image | demonstrations |",
@@ -151,4 +151,11 @@ def model_card(recipe: PretrainRecipe, results: dict[str, Any]) -> str:
         ]
         rows.append(f"| {name} | {' | '.join(cells)} | {results['demonstrations_success'][name]:.2f} |")
     template = resources.files("dsrl_vla.data").joinpath("nano_card.md").read_text()
-    return template.format(r=recipe, episodes=results["episodes"], seeds=results["seeds"], table="\n".join(rows))
+    return template.format(
+        r=recipe,
+        library=base.spec.adapter,
+        kind=type(base.model).__name__,
+        episodes=results["episodes"],
+        seeds=results["seeds"],
+        table="\n".join(rows),
+    )

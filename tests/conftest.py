@@ -3,6 +3,8 @@
 import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 import pytest
 import torch
@@ -79,6 +81,26 @@ def fork_folder(fork_base, tmp_path_factory):
     folder = tmp_path_factory.mktemp("fork")
     fork_base.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def lerobot_base(tmp_path_factory):
+    """Makes the tiny base of a LeRobot policy type, saved by LeRobot and loaded by the adapter; one per type."""
+    pytest.importorskip("lerobot.policies")
+    import tiny_lerobot
+    from dsrl_vla import load_base
+
+    made = {}
+
+    def make(kind):
+        if kind not in made:
+            folder = tmp_path_factory.mktemp(kind)
+            tiny_lerobot.save(kind, folder)
+            with tiny_lerobot.sizes(kind):
+                made[kind] = load_base(f"lerobot:{folder}")
+        return made[kind]
+
+    return make
 
 
 @pytest.fixture

@@ -1,6 +1,7 @@
 """One battery over every base: whatever an adapter wraps, this is what the rest of the package relies on."""
 
 import pytest
+import tiny_lerobot
 import torch
 from dsrl_vla import SteeredPolicy, SteeringHead, probe
 from dsrl_vla.errors import DsrlError
@@ -9,12 +10,13 @@ from dsrl_vla.networks import NetworkConfig
 from dsrl_vla.noise import NoiseLayout, generators
 from dsrl_vla.observation import batch, unsqueeze
 
-BASES = ["nano", "tiny_pi0", "tiny_pi0_bf16", "fork_base"]
+BASES = ["nano", "tiny_pi0", "tiny_pi0_bf16", "fork_base", *(f"lerobot:{kind}" for kind in tiny_lerobot.KINDS)]
 
 
 @pytest.fixture(params=BASES)
 def base(request):
-    return request.getfixturevalue(request.param)
+    name, _, kind = request.param.partition(":")
+    return request.getfixturevalue("lerobot_base")(kind) if kind else request.getfixturevalue(name)
 
 
 @pytest.fixture
@@ -72,7 +74,10 @@ def test_the_probe_accepts_it_and_sees_what_matters(base, observation):
     assert len(report.per_column) == base.spec.noise.dim
     assert (report.image_effect is None) == (not base.spec.observation.cameras)
     if base.spec.observation.cameras:
-        assert report.image_effect > 0 and report.prompt_effect > 0
+        assert report.image_effect > 0
+    assert (report.prompt_effect is None) == (not base.spec.observation.prompt)
+    if base.spec.observation.prompt:
+        assert report.prompt_effect > 0
 
 
 def test_bad_noise_and_bad_observations_are_refused(base, observation):

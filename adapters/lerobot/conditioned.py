@@ -19,10 +19,11 @@ class Conditioned(Split):
     resizes = False
     vector: str
 
-    def refuse(self) -> None:
-        super().refuse()
-        if getattr(self.config, "objective", "diffusion") == "diffusion":
-            refuse_unsteerable(f"policy '{self.config.type}'", {"noise_scheduler_type": self.config.noise_scheduler_type})
+    @classmethod
+    def refuse(cls, config: Any) -> None:
+        super().refuse(config)
+        if getattr(config, "objective", "diffusion") == "diffusion":
+            refuse_unsteerable(f"policy '{config.type}'", {"noise_scheduler_type": config.noise_scheduler_type})
 
     @property
     def noise(self) -> NoiseSpace:
@@ -79,6 +80,7 @@ class MultiTaskDiT(Conditioned):
     seam = "objective.conditional_sample"
     interface = {"objective.conditional_sample": ("model", "batch_size", "conditioning_vec")}
     vector = "conditioning_vec"
+    entry = "_generate_actions"  # predict_action_chunk reads queues that only select_action fills
 
     @property
     def sampler_steps(self) -> int:
@@ -89,10 +91,6 @@ class MultiTaskDiT(Conditioned):
     @property
     def feature_dim(self) -> int:
         return self.policy.observation_encoder.conditioning_dim
-
-    def reach(self, batch: Batch) -> dict[str, Any]:
-        self.policy.reset()  # its chunk is read from queues when they hold something
-        return super().reach(batch)
 
     def denoise(self, arguments: dict[str, Any], noise: torch.Tensor) -> torch.Tensor:
         return self.executed(self.draw(arguments | {"batch_size": len(noise)}, noise))

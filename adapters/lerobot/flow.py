@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from dsrl_vla.noise import NoiseSpace
 
-from .seam import Prefix, replaced
+from .seam import Prefix, watched
 from .split import Batch, Split, pool
 
 _STEP = ("prefix_pad_masks", "past_key_values", "x_t", "timestep")
@@ -29,19 +29,12 @@ class FlowStep(Split):
         return self.config.num_inference_steps
 
     def encode(self, batch: Batch) -> tuple[torch.Tensor, Prefix]:
-        backbone = getattr(self.policy.model, self.backbone)
-        forward, seen = backbone.forward, []
-
-        def watched(*args: Any, **kwargs: Any) -> Any:
-            out = forward(*args, **kwargs)
-            seen.append(out[0][0])
-            return out
-
-        with replaced(backbone, "forward", watched):
+        with watched(getattr(self.policy.model, self.backbone), "forward") as seen:
             arguments = self.reach(self.batch(batch))
         for per_step in ("x_t", "timestep"):
             del arguments[per_step]
-        return pool(seen[0], arguments["prefix_pad_masks"]), Prefix.of(arguments)
+        feature = pool(seen[0][0][0], arguments["prefix_pad_masks"])
+        return feature, Prefix.of(arguments, len(feature))
 
     def feature(self, arguments: Mapping[str, Any]) -> torch.Tensor:
         raise AssertionError("the feature is the backbone's output, which the seam is not handed")

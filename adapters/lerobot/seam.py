@@ -29,6 +29,13 @@ class _Reached(Exception):
 
 
 @contextlib.contextmanager
+def own_randomness(device: torch.device) -> Iterator[None]:
+    """Within this context draws leave the process's random state as it was."""
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        yield
+
+
+@contextlib.contextmanager
 def replaced(owner: Any, name: str, function: Callable[..., Any]) -> Iterator[None]:
     """Within this context ``owner.name`` is `function`; the class is left alone."""
     assert name not in vars(owner), name
@@ -37,6 +44,19 @@ def replaced(owner: Any, name: str, function: Callable[..., Any]) -> Iterator[No
         yield
     finally:
         object.__delattr__(owner, name)
+
+
+@contextlib.contextmanager
+def watched(owner: Any, name: str) -> Iterator[list[Any]]:
+    """Within this context, what every call of ``owner.name`` returns is also put into the list."""
+    function, seen = getattr(owner, name), []
+
+    def watching(*args: Any, **kwargs: Any) -> Any:
+        seen.append(function(*args, **kwargs))
+        return seen[-1]
+
+    with replaced(owner, name, watching):
+        yield seen
 
 
 def arguments_at(owner: Any, name: str, run: Callable[[], Any]) -> dict[str, Any]:
@@ -117,6 +137,14 @@ class _Cache:
 
 
 @dataclass(frozen=True)
+class _Mapping:
+    """Stands for a mapping that is no dict, such as a BatchFeature."""
+
+    kind: type
+    fields: dict[str, Any]
+
+
+@dataclass(frozen=True)
 class Prefix:
     """What a seam was handed: named tensors, rows first, and the shape of the arguments they came in."""
 
@@ -124,36 +152,37 @@ class Prefix:
     template: Any
 
     @classmethod
-    def of(cls, arguments: Mapping[str, Any]) -> Prefix:
-        """Take the tensors out of (nested) arguments."""
+    def of(cls, arguments: Mapping[str, Any], rows: int) -> Prefix:
+        """Take the tensors with `rows` rows out of (nested) arguments; the others are everybody's, and stay."""
         tensors: dict[str, torch.Tensor] = {}
-        return cls(tensors, _take(arguments, "", tensors))
+        return cls(tensors, _take(arguments, "", tensors, rows))
 
     def repeated(self, count: int) -> Prefix:
         """Every row `count` times."""
         if count == 1:
             return self
-        tensors = {k: v.repeat_interleave(count, 0) if v.ndim else v for k, v in self.tensors.items()}
-        return Prefix(tensors, self.template)
+        return Prefix({k: v.repeat_interleave(count, 0) for k, v in self.tensors.items()}, self.template)
 
     def arguments(self) -> Any:
         """The arguments again, caches rebuilt: a sampler may write into them."""
         return _put(self.template, self.tensors)
 
 
-def _take(value: Any, name: str, tensors: dict[str, torch.Tensor]) -> Any:
+def _take(value: Any, name: str, tensors: dict[str, torch.Tensor], rows: int) -> Any:
     if isinstance(value, torch.Tensor):
+        if value.ndim == 0 or value.shape[0] != rows:
+            return value
         tensors[name] = value
         return _Slot(name)
     if hasattr(value, "layers") and hasattr(value, "get_seq_length"):
         for index, layer in enumerate(value.layers):
             tensors |= {f"{name}.keys.{index}": layer.keys, f"{name}.values.{index}": layer.values}
         return _Cache(name, len(value.layers))
-    if isinstance(value, Mapping) or (hasattr(value, "data") and isinstance(value.data, dict)):
-        fields = {k: _take(v, f"{name}.{k}" if name else str(k), tensors) for k, v in value.items()}
-        return fields if isinstance(value, dict) else (type(value), fields)
+    if isinstance(value, Mapping):
+        fields = {k: _take(v, f"{name}.{k}" if name else str(k), tensors, rows) for k, v in value.items()}
+        return fields if isinstance(value, dict) else _Mapping(type(value), fields)
     if isinstance(value, list | tuple):
-        return [_take(v, f"{name}.{i}", tensors) for i, v in enumerate(value)]
+        return type(value)([_take(v, f"{name}.{i}", tensors, rows) for i, v in enumerate(value)])
     return value
 
 
@@ -170,9 +199,8 @@ def _put(template: Any, tensors: Mapping[str, torch.Tensor]) -> Any:
         return cache
     if isinstance(template, dict):
         return {k: _put(v, tensors) for k, v in template.items()}
-    if isinstance(template, list):
-        return [_put(v, tensors) for v in template]
-    if isinstance(template, tuple):
-        kind, fields = template
-        return kind(data=_put(fields, tensors))
+    if isinstance(template, list | tuple):
+        return type(template)([_put(v, tensors) for v in template])
+    if isinstance(template, _Mapping):
+        return template.kind(_put(template.fields, tensors))
     return template

@@ -27,10 +27,12 @@ class Split(abc.ABC):
     prompt: ClassVar[bool] = True
     resizes: ClassVar[bool] = True
     """Whether the policy takes images of any size."""
+    entry: ClassVar[str] = "predict_action_chunk"
+    """The policy's method that turns a batch into a chunk."""
 
     def __init__(self, policy: Any):
         self.policy, self.config = policy, policy.config
-        self.refuse()
+        self.refuse(self.config)
         self._check_interface()
 
     @property
@@ -54,15 +56,19 @@ class Split(abc.ABC):
 
     @abc.abstractmethod
     def denoise(self, arguments: dict[str, Any], noise: torch.Tensor) -> torch.Tensor:
-        """Run the sampler on rows N from noise (N, H, D): normalised actions (N, C, A), the first executed first."""
+        """Run the sampler on rows N from noise (N, H, D): normalised actions (N, C, A).
 
-    def refuse(self) -> None:
-        """Raise NotSteerableError for a mode of this policy that cannot be steered."""
-        rtc = getattr(self.config, "rtc_config", None)
+        The first row is the first to be executed; C may be less than the horizon.
+        """
+
+    @classmethod
+    def refuse(cls, config: Any) -> None:
+        """Raise NotSteerableError for a mode of this policy that cannot be steered; `config` is LeRobot's."""
+        rtc = getattr(config, "rtc_config", None)
         if rtc is not None and rtc.enabled:
             raise NotSteerableError(
-                f"policy '{self.config.type}': expected rtc_config to be off, got real-time chunking, which overwrites "
-                "the noise of the steps that overlap with the last chunk. Load the policy without it."
+                f"policy '{config.type}': expected rtc_config to be off, got real-time chunking, which overwrites "
+                "the noise of the steps that overlap with the last chunk. Load it with config={'rtc_config': None}."
             )
 
     def batch(self, batch: Batch) -> Batch:
@@ -72,12 +78,13 @@ class Split(abc.ABC):
     def encode(self, batch: Batch) -> tuple[torch.Tensor, Prefix]:
         """Run the policy up to its seam: pooled feature (B, F), and what the sampler needs."""
         arguments = self.reach(self.batch(batch))
-        return self.feature(arguments).float(), Prefix.of(arguments)
+        feature = self.feature(arguments).float()
+        return feature, Prefix.of(arguments, len(feature))
 
     def reach(self, batch: Batch) -> dict[str, Any]:
         """The seam's arguments for a batch."""
         owner, name = self._find(self.seam)
-        return arguments_at(owner, name, lambda: self.policy.predict_action_chunk(dict(batch)))
+        return arguments_at(owner, name, lambda: getattr(self.policy, self.entry)(dict(batch)))
 
     def cast(self, dtype: torch.dtype) -> None:
         """Serve in `dtype`, which is not float32.
@@ -91,6 +98,14 @@ class Split(abc.ABC):
     def executed_steps(self) -> int:
         """Steps of a chunk to execute, the policy's own setting."""
         return self.config.n_action_steps
+
+    @property
+    def state_dim(self) -> int:
+        """Width of the robot's state."""
+        state = self.config.robot_state_feature
+        if state is None:
+            raise bad(f"policy '{self.config.type}'", "observation.state among its input features", "none")
+        return state.shape[0]
 
     @property
     def action_dim(self) -> int:

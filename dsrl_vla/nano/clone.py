@@ -1,9 +1,14 @@
-"""Behaviour cloning of a nano π0 on demonstrations: flow matching, as the real one is trained."""
+"""Behaviour cloning on demonstrations: what every architecture shares, and the nano π0.
+
+An architecture registers under the entry-point group ``dsrl_vla.architectures``; its target is a callable
+``(demos, config, sizes, out, on_step) -> FrozenPolicy`` that trains one and leaves it in the folder `out`.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,10 +16,14 @@ import torch
 
 from ..adapters.pi0_processing import Pi0Processing, Pi0Statistics
 from ..adapters.pi0_sampling import flow_loss
+from ..adapters.transformers_pi0 import TransformersPi0
 from ..observation import IMAGE_PREFIX, PROMPT, STATE
+from ..run_dir import disk_errors
 from ..tasks.metaworld import prompts
 from .demos import Demos
 from .model import NanoConfig, build_model, build_tokenizer
+
+OnStep = Callable[[int, dict[str, float]], None]
 
 
 @dataclass(frozen=True)
@@ -24,7 +33,7 @@ class CloneConfig:
     steps: int = 5000
     batch: int = 64
     draws: int = 4
-    """Noises and flow times behind every prefix."""
+    """Noises and flow times per sample, behind one prefix where the architecture allows."""
     lr: float = 1e-3
     weight_decay: float = 1e-4
     wait_share: float = 0.15
@@ -57,7 +66,7 @@ def statistics(demos: Demos, config: NanoConfig) -> Pi0Statistics:
     )
 
 
-class _Sampler:
+class Sampler:
     """Draws training batches: observation, chunk, and where things are."""
 
     def __init__(self, demos: Demos, chunk: int, wait_share: float, rng: np.random.Generator):
@@ -80,11 +89,43 @@ class _Sampler:
         return observations, torch.from_numpy(actions), torch.from_numpy(d.objects[rows])
 
 
-def clone(
-    demos: Demos,
+class Sight(torch.nn.Module):
+    """The auxiliary loss: object and goal, read off the pooled prefix by a linear map that is dropped afterwards."""
+
+    def __init__(self, demos: Demos, width: int):
+        super().__init__()
+        self.linear = torch.nn.Linear(width, demos.objects.shape[1])
+        self.centre = torch.from_numpy(demos.objects.mean(0))
+        self.spread = torch.from_numpy(demos.objects.std(0) + 1e-3)
+
+    def forward(self, feature: torch.Tensor, objects: torch.Tensor) -> torch.Tensor:
+        """(B, W) and (B, 6) -> the loss."""
+        return torch.nn.functional.mse_loss(self.linear(feature), (objects - self.centre) / self.spread)
+
+
+def fit(
+    parameters: list[torch.nn.Parameter],
+    losses: Callable[[], tuple[torch.Tensor, torch.Tensor]],
     config: CloneConfig,
-    sizes: NanoConfig,
-    on_step: Callable[[int, dict[str, float]], None] = lambda *_: None,
+    on_step: OnStep,
+) -> None:
+    """Minimise flow loss + sight loss: AdamW, a short warm-up and a cosine. `losses` makes both for a new batch."""
+    optimizer = torch.optim.AdamW(parameters, lr=config.lr, weight_decay=config.weight_decay)
+    warm = torch.optim.lr_scheduler.LinearLR(optimizer, 0.05, 1.0, min(100, max(1, config.steps // 10)))
+    cool = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(1, config.steps))
+    schedule = torch.optim.lr_scheduler.ChainedScheduler([warm, cool])
+    for step in range(config.steps):
+        flow, see = losses()
+        optimizer.zero_grad(set_to_none=True)
+        (flow + config.sight_weight * see).backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        schedule.step()
+        on_step(step + 1, {"flow_loss": float(flow.detach()), "sight_loss": float(see.detach())})
+
+
+def clone(
+    demos: Demos, config: CloneConfig, sizes: NanoConfig, on_step: OnStep = lambda *_: None
 ) -> tuple[Any, Any, Pi0Statistics]:
     """Clone a nano base; return (model, tokenizer, statistics). Deterministic on one thread."""
     torch.manual_seed(config.seed)
@@ -92,25 +133,25 @@ def clone(
     tokenizer = build_tokenizer([*prompts().values(), *demos.prompts])
     model = build_model(sizes, len(tokenizer), tokenizer.convert_tokens_to_ids("<image>")).train()
     processing = Pi0Processing(stats, tokenizer, sizes.max_state_dim)
-    sight = torch.nn.Linear(sizes.vlm_width, demos.objects.shape[1])
-    centre, spread = demos.objects.mean(0), demos.objects.std(0) + 1e-3
-    parameters = [*model.parameters(), *sight.parameters()]
-    optimizer = torch.optim.AdamW(parameters, lr=config.lr, weight_decay=config.weight_decay)
-    warm = torch.optim.lr_scheduler.LinearLR(optimizer, 0.05, 1.0, min(100, max(1, config.steps // 10)))
-    cool = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(1, config.steps))
-    schedule = torch.optim.lr_scheduler.ChainedScheduler([warm, cool])
-    sample = _Sampler(demos, sizes.chunk, config.wait_share, np.random.default_rng(config.seed))
-    for step in range(config.steps):
+    sight = Sight(demos, sizes.vlm_width)
+    sample = Sampler(demos, sizes.chunk, config.wait_share, np.random.default_rng(config.seed))
+
+    def losses() -> tuple[torch.Tensor, torch.Tensor]:
         observations, actions, objects = sample(config.batch)
         inputs = processing(observations, torch.device("cpu"), torch.float32)
         target = processing.normalise_actions(actions, sizes.max_action_dim)
         flow, feature = flow_loss(model, inputs, target, config.draws)
-        where = (objects - torch.from_numpy(centre)) / torch.from_numpy(spread)
-        see = torch.nn.functional.mse_loss(sight(feature), where)
-        optimizer.zero_grad(set_to_none=True)
-        (flow + config.sight_weight * see).backward()
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        schedule.step()
-        on_step(step + 1, {"flow_loss": float(flow.detach()), "sight_loss": float(see.detach())})
+        return flow, sight(feature, objects)
+
+    fit([*model.parameters(), *sight.parameters()], losses, config, on_step)
     return model.eval(), tokenizer, stats
+
+
+def clone_pi0(demos: Demos, config: CloneConfig, sizes: NanoConfig, out: Path, on_step: OnStep) -> TransformersPi0:
+    """The architecture ``pi0``: transformers' own class."""
+    model, tokenizer, stats = clone(demos, config, sizes, on_step)
+    with disk_errors(out):
+        model.save_pretrained(out)
+        tokenizer.save_pretrained(out)
+        stats.save(out)
+    return TransformersPi0(model, Pi0Processing(stats, tokenizer, sizes.max_state_dim), uri=f"nano:{out}")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,15 +37,19 @@ class NanoConfig:
         return (self.image_size // self.patch_size) ** 2
 
 
-def build_tokenizer(texts: Iterable[str]) -> Any:
-    """A word-level tokenizer over `texts`, as a transformers tokenizer that saves and loads like any other."""
+def build_tokenizer(texts: Iterable[str], named: Mapping[str, str] | None = None) -> Any:
+    """A word-level tokenizer over `texts`, as a transformers tokenizer that saves and loads like any other.
+
+    Args:
+        named: further special tokens that the tokenizer knows by attribute; by default only ``<image>``, unnamed.
+    """
     try:
         from tokenizers import Tokenizer, models, pre_tokenizers
         from transformers import PreTrainedTokenizerFast
     except ImportError as error:
         raise missing_extra("transformers", "transformers", "building a nano base") from error
     words = sorted({word for text in texts for word in text.replace(",", " , ").split()})
-    special = ["<pad>", "<bos>", "<eos>", "<unk>", "<image>"]
+    special = ["<pad>", "<bos>", "<eos>", "<unk>", *(named or {"image_token": "<image>"}).values()]
     vocabulary = {word: index for index, word in enumerate([*special, *words])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Punctuation()])
@@ -55,7 +59,7 @@ def build_tokenizer(texts: Iterable[str]) -> Any:
         bos_token="<bos>",
         eos_token="<eos>",
         unk_token="<unk>",
-        additional_special_tokens=["<image>"],
+        **({"extra_special_tokens": dict(named)} if named else {"additional_special_tokens": ["<image>"]}),
     )
 
 

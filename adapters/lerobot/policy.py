@@ -1,0 +1,137 @@
+"""A LeRobot policy as a `FrozenPolicy`: its own processors around its split."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from dsrl_vla.errors import bad
+from dsrl_vla.observation import IMAGE_PREFIX, PROMPT, STATE, Observations, ObservationSpec
+from dsrl_vla.policy import Encoding, FrozenPolicy, PolicySpec
+
+from .seam import Prefix, own_randomness
+from .split import Batch, Split
+
+_REFERENCE = "relative_to"
+
+
+class LeRobotPolicy(FrozenPolicy):
+    """A frozen LeRobot policy.
+
+    Args:
+        preprocess, postprocess: LeRobot's pipelines for this policy; actions come out in environment units.
+        cameras: camera of the task -> camera of the policy, where the two have different names.
+    """
+
+    def __init__(
+        self,
+        split: Split,
+        preprocess: Any,
+        postprocess: Any,
+        *,
+        uri: str,
+        dtype: str = "float32",
+        cameras: Mapping[str, str] | None = None,
+        repo_id: str = "",
+        revision: str = "",
+    ):
+        self.split, self.preprocess, self.postprocess = split, preprocess, postprocess
+        self.model = split.policy.eval().requires_grad_(False)
+        self._keys, shapes = _camera_keys(split, cameras or {})
+        self._relative = _relative_step(preprocess)
+        self._template: Any = None
+        self._lock = threading.Lock()
+        self.spec = PolicySpec(
+            uri=uri,
+            adapter="lerobot",
+            noise=split.noise,
+            observation=ObservationSpec(split.state_dim, shapes, prompt=split.prompt),
+            action_dim=split.action_dim,
+            executed_steps=split.executed_steps,
+            sampler_steps=split.sampler_steps,
+            feature_dim=split.feature_dim,
+            dtype=dtype,
+            repo_id=repo_id,
+            revision=revision,
+        )
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return next(self.model.parameters()).device
+
+    def _encode(self, observations: Observations, batch: int) -> Encoding:
+        # the split stands in for methods of the policy while it looks for the seam
+        with self._lock, own_randomness(self.device):
+            prepared = self.preprocess(self._batch(observations, batch))
+            feature, prefix = self.split.encode(prepared)
+            if self._relative is not None:
+                prefix.tensors[_REFERENCE] = self._relative.get_cached_state()
+            self._template = prefix.template
+        return Encoding(batch, feature, prefix)
+
+    def _batch(self, observations: Observations, batch: int) -> Batch:
+        """LeRobot's batch: images float32 (B, 3, H, W) in [0, 1], the state float32 (B, S), prompts."""
+        made: Batch = {STATE: torch.as_tensor(np.asarray(observations[STATE]), dtype=torch.float32)}
+        for camera, key in self._keys.items():
+            image = torch.as_tensor(np.asarray(observations[IMAGE_PREFIX + camera]))
+            made[key] = image.permute(0, 3, 1, 2).contiguous().float() / 255
+        made[PROMPT] = list(observations[PROMPT]) if PROMPT in observations else [""] * batch
+        return made
+
+    def _denoise(self, encoding: Encoding, noise: torch.Tensor) -> torch.Tensor:
+        batch, count, horizon, _ = noise.shape
+        prefix: Prefix = encoding.context.repeated(count)
+        with self._lock, own_randomness(self.device):
+            chunk = self.split.denoise(prefix.arguments(), noise.flatten(0, 1).to(self.device))
+            if self._relative is not None:
+                self._refer_to(prefix.tensors[_REFERENCE])
+            actions = self.postprocess(chunk.float())
+        if actions.shape[1] < horizon:  # rows that belong to the past were dropped: hold the last action
+            actions = torch.cat([actions, actions[:, -1:].expand(-1, horizon - actions.shape[1], -1)], 1)
+        return actions.unflatten(0, (batch, count))
+
+    def _refer_to(self, state: torch.Tensor) -> None:
+        """Relative actions count from the state that the preprocessing has seen last; make it this one."""
+        from lerobot.processor import TransitionKey
+
+        self._relative({TransitionKey.OBSERVATION: {STATE: state}})
+
+    def pack(self, encoding: Encoding) -> dict[str, torch.Tensor]:
+        return dict(encoding.context.tensors)
+
+    def unpack(self, tensors: Mapping[str, torch.Tensor]) -> Encoding:
+        if self._template is None:
+            raise bad("unpack", "an encoding to have been made by this base", "none so far", "Call `encode` once.")
+        prefix = Prefix({k: v.to(self.device) for k, v in tensors.items()}, self._template)
+        return Encoding(len(next(iter(tensors.values()))), None, prefix)
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        return self.model.state_dict()
+
+
+def _camera_keys(split: Split, renamed: Mapping[str, str]) -> tuple[dict[str, str], dict[str, Any]]:
+    """Return (camera -> the policy's key, camera -> shape or None) in the policy's own order."""
+    known: dict[str, str] = {}
+    shapes: dict[str, tuple[int, int, int] | None] = {}
+    back = {theirs: ours for ours, theirs in renamed.items()}
+    for key, feature in split.config.image_features.items():
+        theirs = key.removeprefix(IMAGE_PREFIX).removeprefix("observation.")
+        if theirs.startswith("empty_camera_"):
+            continue
+        camera = back.pop(theirs, theirs)
+        channels, height, width = feature.shape
+        known[camera], shapes[camera] = key, None if split.resizes else (height, width, channels)
+    if back:
+        raise bad("base.cameras", f"cameras of the policy: {', '.join(known) or 'none'}", ", ".join(back))
+    return known, shapes
+
+
+def _relative_step(preprocess: Any) -> Any:
+    from lerobot.processor import RelativeActionsProcessorStep
+
+    steps = [s for s in preprocess.steps if isinstance(s, RelativeActionsProcessorStep) and s.enabled]
+    return steps[0] if steps else None

@@ -1,0 +1,34 @@
+"""Which split belongs to which policy type. Nothing here imports LeRobot."""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .split import Split
+
+
+@dataclass(frozen=True)
+class Known:
+    """Where the split of a policy type is, and which extra of LeRobot the policy needs."""
+
+    module: str
+    name: str
+    extra: str
+
+
+KNOWN = {
+    "pi0": Known("flow", "Pi0", "pi"),
+    "pi05": Known("flow", "Pi05", "pi"),
+    "smolvla": Known("flow", "SmolVLA", "smolvla"),
+    "diffusion": Known("conditioned", "Diffusion", "diffusion"),
+    "multi_task_dit": Known("conditioned", "MultiTaskDiT", "multi_task_dit"),
+}
+
+
+def find_split(kind: str) -> type[Split]:
+    """The split class of a known policy type."""
+    known = KNOWN[kind]
+    return getattr(importlib.import_module(f"{__package__}.{known.module}"), known.name)

@@ -33,8 +33,8 @@ class Operator(abc.ABC):
     def ready(self, message: str) -> None:
         """Wait until the scene is ready for an episode. What was said before is forgotten."""
 
-    def close(self) -> None:
-        """Give back what is held, such as the terminal."""
+    def close(self) -> None:  # noqa: B027
+        """Give back what is held, such as the terminal; nothing by default."""
 
 
 class Unattended(Operator):

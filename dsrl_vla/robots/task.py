@@ -86,7 +86,8 @@ class RobotTask(LiveTask):
         self.pacer.wait()
         self.now = self.rig.observe()
         self._hear()
-        reward, done = self.reward(self.now | {PROMPT: self.info.prompt}, self.executed)  # type: ignore[operator]
+        seen: dict[str, Any] = {**self.now, PROMPT: self.info.prompt}
+        reward, done = self.reward(seen, self.executed)
         if self.ending is None and done:
             self.ending = Ending.SUCCESS
         elif self.ending in TERMINAL:

@@ -54,6 +54,8 @@ class EpisodeRecord:
     bool (N,)."""
     steps: dict[str, np.ndarray]
     """Columns (T, …) of the offline format, with ``human`` and ``decision``, the decision a step belongs to."""
+    fps: float = 0.0
+    """Steps per second; 0 where nobody knows."""
     noise: torch.Tensor = field(default_factory=lambda: torch.zeros(0))
     """float32 (N, H, D), NaN where a person drove."""
 

@@ -188,6 +188,7 @@ class EpisodeCollector(Collector):
                 "human": torch.from_numpy(human),
             },
             steps=taken,
+            fps=float(self.task.envs.get_attr("fps")[0]),
             noise=noise,
         )
 

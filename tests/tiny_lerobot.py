@@ -76,7 +76,9 @@ def save(kind, folder, **changes):
     with contextlib.chdir(folder), sizes(kind):
         for repo_id, put in assets.items():
             put(Path(repo_id))
-        config = make_policy_config(kind, device="cpu", **features(image=_IMAGE.get(kind, IMAGE)) | config_of | changes)
+        config = make_policy_config(
+            kind, device="cpu", **features(image=_IMAGE.get(kind, IMAGE)) | config_of | changes
+        )
         torch.manual_seed(0)
         policy = get_policy_class(kind)(config)
         randomise(policy, scale=_SCALE.get(kind, 0.1))
@@ -135,7 +137,9 @@ def _smolvlm(folder):
     from dsrl_vla.adapters.lerobot.nano import VLM_TOKENS, save_vlm
     from dsrl_vla.nano.model import NanoConfig
 
-    sizes = NanoConfig(image_size=IMAGE, vision_width=32, vision_layers=1, vlm_width=32, layers=2, heads=2, head_dim=16)
+    sizes = NanoConfig(
+        image_size=IMAGE, vision_width=32, vision_layers=1, vlm_width=32, layers=2, heads=2, head_dim=16
+    )
     save_vlm(folder, sizes, byte_tokenizer(named=VLM_TOKENS))
 
 

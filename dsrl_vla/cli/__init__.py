@@ -1,4 +1,4 @@
-"""The command line: ``dsrl-vla preflight | train | eval | search | record | pretrain | recipes | adapters``.
+"""The command line: ``dsrl-vla preflight | train | eval | search | record | export | pretrain | recipes | adapters``.
 
 Every field of a recipe can be overridden: ``dsrl-vla train demo --train.seed 3 --noise.layout chunk``.
 """
@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable
 
 from ..errors import DsrlError, unknown
+from .exporting import run_export
 from .listing import list_adapters, list_recipes
 from .measuring import run_eval, run_preflight, run_record, run_search
 from .training import run_pretrain, run_train
@@ -51,6 +52,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "eval": run_eval,
     "search": run_search,
     "record": run_record,
+    "export": run_export,
     "pretrain": run_pretrain,
     "recipes": list_recipes,
     "adapters": list_adapters,

@@ -48,7 +48,7 @@ class RobotTask(LiveTask):
     ):
         self.rig, self.operator, self.reward, self.pacer = rig, operator, reward, pacer
         self._reset, self._close, self.keep_images = reset, close or rig.close, keep_images
-        self.dry_run = rig.dry_run
+        self.dry_run, self.fps = rig.dry_run, 1.0 / pacer.period
         self.info = TaskInfo(
             uri, prompt, max_episode_steps, len(rig.state), len(rig.actions), rig.shapes, reward.range, live=True
         )

@@ -44,6 +44,8 @@ class LiveTask(TaskEnv):
     """The action (A,) that was really executed: the person's, or the policy's behind the guards."""
     dry_run: bool = False
     """Nothing moves; what is collected so is no experience."""
+    fps: float = 0.0
+    """Steps per second."""
 
     @abc.abstractmethod
     def attend(self) -> None:
@@ -115,6 +117,11 @@ class LiveChunkEnv(ChunkEnv):
     def human(self) -> bool:
         """Whether a person is driving, as far as has been heard."""
         return self.env.human
+
+    @property
+    def fps(self) -> float:
+        """Steps per second."""
+        return self.env.fps
 
     @property
     def dry_run(self) -> bool:

@@ -76,9 +76,7 @@ def save(kind, folder, **changes):
     with contextlib.chdir(folder), sizes(kind):
         for repo_id, put in assets.items():
             put(Path(repo_id))
-        config = make_policy_config(
-            kind, device="cpu", **features(image=_IMAGE.get(kind, IMAGE)) | config_of | changes
-        )
+        config = make_policy_config(kind, device="cpu", **features(image=_IMAGE.get(kind, IMAGE)) | config_of | changes)
         torch.manual_seed(0)
         policy = get_policy_class(kind)(config)
         randomise(policy, scale=_SCALE.get(kind, 0.1))
@@ -137,9 +135,7 @@ def _smolvlm(folder):
     from dsrl_vla.adapters.lerobot.nano import VLM_TOKENS, save_vlm
     from dsrl_vla.nano.model import NanoConfig
 
-    sizes = NanoConfig(
-        image_size=IMAGE, vision_width=32, vision_layers=1, vlm_width=32, layers=2, heads=2, head_dim=16
-    )
+    sizes = NanoConfig(image_size=IMAGE, vision_width=32, vision_layers=1, vlm_width=32, layers=2, heads=2, head_dim=16)
     save_vlm(folder, sizes, byte_tokenizer(named=VLM_TOKENS))
 
 
@@ -164,6 +160,29 @@ _PI = dict(image_resolution=(IMAGE, IMAGE), num_inference_steps=4, max_action_di
 _IMAGE = {"diffusion": 64}  # its backbone divides by 32, and a single keypoint's place says nothing
 _SCALE = {"diffusion": 0.02, "multi_task_dit": 0.05}
 
+def _vlm(name):
+    def put(folder):
+        import tiny_vlms
+
+        getattr(tiny_vlms, name)(folder)
+
+    return put
+
+
+def _bart_tokenizer(folder):
+    byte_tokenizer().save_pretrained(folder)
+
+
+def _florence():
+    """Sizes of a tiny Florence-2: three stages of DaViT, then BART's encoder."""
+    size = dict(d_model=32, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2, decoder_attention_heads=2,
+                encoder_ffn_dim=64, decoder_ffn_dim=64, vocab_size=512, max_position_embeddings=256)  # fmt: skip
+    stages = dict(depths=[1, 1, 1], embed_dim=[16, 32, 32], num_heads=[2, 2, 2], num_groups=[2, 2, 2], window_size=4,
+                  patch_size=[7, 3, 3], patch_stride=[4, 2, 2], patch_padding=[3, 1, 1],
+                  patch_prenorm=[False, True, True], projection_dim=32)  # fmt: skip
+    return {"vision_config": stages, "text_config": {"model_type": "bart"} | size}
+
+
 _BUILDERS = {
     "pi0": (_PI, _PALIGEMMA),
     "pi05": (_PI, _PALIGEMMA),
@@ -183,6 +202,31 @@ _BUILDERS = {
              num_layers=2, num_heads=2, timestep_embed_dim=16, image_crop_shape=None, dropout=0.1,
              vision_encoder_name="openai/clip-tiny", text_encoder_name="openai/clip-tiny"),
         {"openai/clip-tiny": _clip},
+    ),
+    "xvla": (
+        dict(florence_config=_florence(), hidden_size=32, depth=2, num_heads=2, len_soft_prompts=4, dim_time=8,
+             max_len_seq=128, num_denoising_steps=4, action_mode="auto", max_action_dim=8, max_state_dim=8, **_CHUNK),
+        {"facebook/bart-large": _bart_tokenizer},
+    ),
+    "vla_jepa": (
+        dict(qwen_model_name="Qwen/tiny-qwen3-vl", freeze_qwen=True, torch_dtype="float32", action_hidden_size=32,
+             action_num_layers=2, action_num_heads=2, action_attention_head_dim=16, num_video_frames=4,
+             num_embodied_action_tokens_per_instruction=4, num_action_tokens_per_timestep=2, action_dim=ACTIONS,
+             state_dim=STATE, gripper_dim=2, clip_normalized_actions=False, binarize_gripper_action=False,
+             pre_snap_gripper_action=False, **_CHUNK),
+        {"Qwen/tiny-qwen3-vl": _vlm("qwen3_vl")},
+    ),
+    "eo1": (
+        dict(vlm_base="Qwen/tiny-qwen2.5-vl", image_min_pixels=28 * 28, image_max_pixels=56 * 56, max_action_dim=8,
+             max_state_dim=8, num_denoise_steps=4, dtype="float32", use_fast_processor=True, **_CHUNK),
+        {"Qwen/tiny-qwen2.5-vl": _vlm("qwen2_5_vl")},
+    ),
+    "evo1": (
+        dict(vlm_model_name="OpenGVLab/tiny-internvl", vlm_num_layers=2, vlm_dtype="float32", use_flash_attn=False,
+             image_resolution=(IMAGE, IMAGE), max_views=2, max_action_dim=8, max_state_dim=8, embed_dim=32,
+             hidden_dim=32, state_hidden_dim=32, num_heads=2, num_layers=2, num_inference_timesteps=4,
+             enable_gradient_checkpointing=False, **_CHUNK),
+        {"OpenGVLab/tiny-internvl": _vlm("internvl")},
     ),
 }  # fmt: skip
 

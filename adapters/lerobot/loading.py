@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from dsrl_vla.errors import DsrlError, MissingExtraError, NotSteerableError, bad
 
 from ..refusals import refuse_unsteerable
@@ -138,12 +139,8 @@ def _processors(folder: Path, source: str, config: Any, device: str) -> tuple[An
         for step in _read_json(folder / name, source, "LeRobot's processor files (0.6 or newer)")["steps"]:
             key = step.get("registry_name") or step.get("class", "")
             if not step.get("registry_name") and not key.startswith("lerobot."):
-                raise bad(
-                    f"{source}/{name}", "processor steps that are LeRobot's own", f"'{key}'", "It is not loaded."
-                )
-            local = {
-                k: p for k, v in step.get("config", {}).items() if isinstance(v, str) and (p := _beside(folder, v))
-            }
+                raise bad(f"{source}/{name}", "processor steps that are LeRobot's own", f"'{key}'", "It is not loaded.")
+            local = {k: p for k, v in step.get("config", {}).items() if isinstance(v, str) and (p := _beside(folder, v))}
             if local:
                 overrides[side][key.rpartition(".")[2]] = local
     overrides["pre"]["device_processor"] = {"device": device}

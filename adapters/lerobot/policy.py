@@ -49,7 +49,7 @@ class LeRobotPolicy(FrozenPolicy):
             adapter="lerobot",
             noise=split.noise,
             observation=ObservationSpec(split.state_dim, shapes, prompt=split.prompt),
-            action_dim=split.action_dim,
+            action_dim=self._action_dim(),
             executed_steps=split.executed_steps,
             sampler_steps=split.sampler_steps,
             feature_dim=split.feature_dim,
@@ -57,6 +57,12 @@ class LeRobotPolicy(FrozenPolicy):
             repo_id=repo_id,
             revision=revision,
         )
+
+    def _action_dim(self) -> int:
+        """Width of what comes out of the policy's own postprocessing, which may crop or convert."""
+        if self._relative is not None:
+            return self.split.action_dim
+        return self.postprocess(torch.zeros(1, 1, self.split.chunk_width)).shape[-1]
 
     @property
     def device(self) -> torch.device:

@@ -51,8 +51,8 @@ class Split(abc.ABC):
         """Width of what `feature` returns."""
 
     @abc.abstractmethod
-    def feature(self, arguments: Mapping[str, Any]) -> torch.Tensor:
-        """Pooled float32 (B, F) from what the seam was handed."""
+    def feature(self, arguments: Mapping[str, Any]) -> torch.Tensor | None:
+        """Pooled (B, F) from what the seam was handed; None where nothing is seen before sampling starts."""
 
     @abc.abstractmethod
     def denoise(self, arguments: dict[str, Any], noise: torch.Tensor) -> torch.Tensor:
@@ -75,11 +75,12 @@ class Split(abc.ABC):
         """The preprocessed batch as the policy's own call wants it."""
         return batch
 
-    def encode(self, batch: Batch) -> tuple[torch.Tensor, Prefix]:
-        """Run the policy up to its seam: pooled feature (B, F), and what the sampler needs."""
+    def encode(self, batch: Batch) -> tuple[torch.Tensor | None, Prefix]:
+        """Run the policy up to its seam: pooled feature float32 (B, F), and what the sampler needs."""
         arguments = self.reach(self.batch(batch))
-        feature = self.feature(arguments).float()
-        return feature, Prefix.of(arguments, len(feature))
+        feature = self.feature(arguments)
+        assert feature is not None, "a split without a feature encodes for itself"
+        return feature.float(), Prefix.of(arguments, len(feature))
 
     def reach(self, batch: Batch) -> dict[str, Any]:
         """The seam's arguments for a batch."""
@@ -112,6 +113,11 @@ class Split(abc.ABC):
         """Real action columns."""
         return self.config.action_feature.shape[0]
 
+    @property
+    def chunk_width(self) -> int:
+        """Columns of what `denoise` returns."""
+        return self.action_dim
+
     def padded(self, horizon: int, width: int) -> NoiseSpace:
         """Normal noise whose first `action_dim` columns are the real ones."""
         return NoiseSpace(horizon, width, live=tuple(i < self.action_dim for i in range(width)))
@@ -125,6 +131,11 @@ class Split(abc.ABC):
         """Call the seam with its own draw answered by `noise`: for samplers that take no noise."""
         with injected(noise, f"policy '{self.config.type}'"):
             return self.call_seam(arguments)
+
+    def default(self, parameter: str) -> Any:
+        """The default of a parameter of the seam."""
+        owner, name = self._find(self.seam)
+        return inspect.signature(getattr(owner, name)).parameters[parameter].default
 
     def _find(self, path: str) -> tuple[Any, str]:
         *owners, name = path.split(".")

@@ -25,6 +25,13 @@ KNOWN = {
     "smolvla": Known("flow", "SmolVLA", "smolvla"),
     "diffusion": Known("conditioned", "Diffusion", "diffusion"),
     "multi_task_dit": Known("conditioned", "MultiTaskDiT", "multi_task_dit"),
+    "vla_jepa": Known("experts", "VLAJEPA", "vla_jepa"),
+    "groot": Known("experts", "Groot", "groot"),
+    "evo1": Known("experts", "Evo1", "evo1"),
+    "molmoact2": Known("experts", "MolmoAct2", "molmoact2"),
+    "xvla": Known("standing_in", "XVLA", "xvla"),
+    "eo1": Known("standing_in", "EO1", "eo1"),
+    "wall_x": Known("standing_in", "WallX", "wallx"),
 }
 
 

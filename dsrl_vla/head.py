@@ -66,6 +66,14 @@ class HeadConfig:
             **more,
         )
 
+    @property
+    def base_uri(self) -> str:
+        """The base's URI, as `load_base` takes it."""
+        name = self.base_model_name_or_path
+        if name.startswith(f"{self.adapter}:"):
+            return name
+        return f"{self.adapter}:{name}" + (f"@{self.revision}" if self.revision else "")
+
     def to_json(self) -> str:
         """As ``head_config.json``."""
         return json.dumps(asdict(self), indent=2) + "\n"

@@ -63,7 +63,7 @@ class Hand:
     """A person at a teleoperator who always wants the same."""
 
     is_connected = False
-    action_features = {"a0": float, "a1": float}
+    action_features = {"a0.vel": float, "a1.vel": float}
 
     def connect(self):
         self.is_connected = True
@@ -71,7 +71,7 @@ class Hand:
     def disconnect(self): ...
 
     def get_action(self):
-        return {"a1": 0.5, "a0": -0.25}
+        return {"a1.vel": 0.5, "a0.vel": -0.25}
 
 
 def arm_guards(**more):
@@ -133,7 +133,7 @@ def test_a_rig_guards_stops_and_reports_what_was_executed():
     assert not arm.is_connected
     with pytest.raises(DsrlError, match="cameras: expected one of the robot's: front, got 'side'"):
         Rig(Arm(), arm_guards(), cameras={"side": "base"})
-    with pytest.raises(DsrlError, match=r"teleop: expected the robot's actions \(x\.pos, y\.pos\), got a0, a1"):
+    with pytest.raises(DsrlError, match=r"teleop: expected the robot's actions \(x\.pos, y\.pos\), got a0\.vel, a1\.vel"):
         Rig(Arm(), arm_guards(), teleop=Hand())
 
 

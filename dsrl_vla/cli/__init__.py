@@ -1,4 +1,5 @@
-"""The command line: ``dsrl-vla preflight | train | eval | search | record | export | pretrain | recipes | adapters``.
+"""The command line: ``dsrl-vla preflight | train | eval | search | record | export | export-policy |
+pretrain | recipes | adapters``.
 
 Every field of a recipe can be overridden: ``dsrl-vla train demo --train.seed 3 --noise.layout chunk``.
 """
@@ -10,7 +11,7 @@ import sys
 from collections.abc import Callable
 
 from ..errors import DsrlError, unknown
-from .exporting import run_export
+from .exporting import run_export, run_export_policy
 from .listing import list_adapters, list_recipes
 from .measuring import run_eval, run_preflight, run_record, run_search
 from .training import run_pretrain, run_train
@@ -42,7 +43,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def _usage() -> str:
     lines = ["usage: dsrl-vla COMMAND …    (dsrl-vla COMMAND --help tells more)", ""]
-    lines += [f"  {name:<10} {(command.__doc__ or '').strip()}" for name, command in COMMANDS.items()]
+    lines += [f"  {name:<14} {(command.__doc__ or '').strip()}" for name, command in COMMANDS.items()]
     return "\n".join(lines)
 
 
@@ -53,6 +54,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "search": run_search,
     "record": run_record,
     "export": run_export,
+    "export-policy": run_export_policy,
     "pretrain": run_pretrain,
     "recipes": list_recipes,
     "adapters": list_adapters,

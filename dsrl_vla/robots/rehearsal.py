@@ -16,7 +16,7 @@ from ..tasks import make_task
 
 
 class TaskRobot:
-    """A simulated robot. State numbers are called ``s0``, ``s1``, …; actions ``a0``, ``a1``, …"""
+    """A simulated robot. State numbers are called ``s0.pos``, ``s1.pos``, …; actions ``a0.vel``, …"""
 
     def __init__(self, uri: str, max_episode_steps: int = 500):
         self.task = make_task(uri, max_episode_steps=max_episode_steps)
@@ -27,12 +27,12 @@ class TaskRobot:
     @property
     def observation_features(self) -> dict[str, Any]:
         """Names to float, and cameras to (H, W, 3)."""
-        return {f"s{i}": float for i in range(self.task.info.state_dim)} | dict(self.task.info.cameras)
+        return {f"s{i}.pos": float for i in range(self.task.info.state_dim)} | dict(self.task.info.cameras)
 
     @property
     def action_features(self) -> dict[str, Any]:
         """Names to float."""
-        return {f"a{i}": float for i in range(self.task.info.action_dim)}
+        return {f"a{i}.vel": float for i in range(self.task.info.action_dim)}
 
     def connect(self, calibrate: bool = True) -> None:
         """Start, in the scene of seed 0."""
@@ -49,7 +49,7 @@ class TaskRobot:
         self._check()
         seen = self.task.observe()
         pictures = {k.removeprefix(IMAGE_PREFIX): v for k, v in seen.items() if k.startswith(IMAGE_PREFIX)}
-        return {f"s{i}": float(value) for i, value in enumerate(seen[STATE])} | pictures
+        return {f"s{i}.pos": float(value) for i, value in enumerate(seen[STATE])} | pictures
 
     def send_action(self, action: dict[str, float]) -> dict[str, float]:
         """One step of the simulation."""

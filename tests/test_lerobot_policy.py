@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import shutil
 import socket
 import subprocess
 import sys
@@ -26,12 +27,16 @@ from dsrl_vla.noise import NoiseLayout
 from lerobot_policy_dsrl import DsrlPolicy
 from lerobot_policy_dsrl.export import write_policy
 
-CAMERA = "observation.image"
-PUSHT = ["--env.type=pusht", "--env.episode_length=12"]
+CAMERA, SERVED = "observation.image", "observation.images.image"
+# LeRobot does not tell PushT the size it declares: what comes is 96 x 96
+PUSHT = ["--env.type=pusht", "--env.episode_length=12", "--env.observation_height=96", "--env.observation_width=96"]
+
+
+ANY_STATISTICS = tiny_lerobot.statistics
 
 
 def pusht_statistics():
-    column = tiny_lerobot.statistics(cameras=(), state=2, actions=2)
+    column = ANY_STATISTICS(cameras=(), state=2, actions=2)
     image = {"mean": 0.5, "std": 0.25, "min": 0.0, "max": 1.0}
     return column | {CAMERA: {k: torch.full((3, 1, 1), v) for k, v in image.items()}}
 
@@ -44,7 +49,7 @@ def base_folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("base")
     features = {
         "input_features": {
-            CAMERA: PolicyFeature(FeatureType.VISUAL, (3, 384, 384)),
+            CAMERA: PolicyFeature(FeatureType.VISUAL, (3, 96, 96)),
             "observation.state": PolicyFeature(FeatureType.STATE, (2,)),
         },
         "output_features": {"action": PolicyFeature(FeatureType.ACTION, (2,))},
@@ -81,8 +86,7 @@ def ours(policy, episodes, steps=12):
     import gym_pusht  # noqa: F401
     import gymnasium as gym
 
-    env = gym.make("gym_pusht/PushT-v0", obs_type="pixels_agent_pos", disable_env_checker=True,
-                   observation_width=384, observation_height=384, max_episode_steps=steps)  # fmt: skip
+    env = gym.make("gym_pusht/PushT-v0", obs_type="pixels_agent_pos", disable_env_checker=True, max_episode_steps=steps)
     found = []
     for seed in episodes:
         seen, _ = env.reset(seed=seed)
@@ -115,7 +119,7 @@ def test_the_folder_holds_the_head_and_refers_to_the_base(steered, base, base_fo
     size = sum(path.stat().st_size for path in steered.iterdir())
     weights = sum(p.numel() for p in head.parameters()) * 4
     assert size < weights + 30_000 < (base_folder / "model.safetensors").stat().st_size
-    assert SteeringHead.from_pretrained(steered).base_uri if False else head.config.base_uri == f"lerobot:{base_folder}"
+    assert SteeringHead.from_pretrained(steered).config.base_uri == f"lerobot:{base_folder}"
     with pytest.raises(DsrlError, match="--out: expected a folder that does not exist"):
         write_policy(steered, head, base)
 
@@ -127,16 +131,15 @@ def test_lerobot_eval_runs_it_and_its_actions_are_ours(steered, base, head, tmp_
     for steer in ("true", "false"):
         out = tmp_path / steer
         done = command("lerobot-eval", f"--policy.path={steered}", f"--policy.steer={steer}", *PUSHT,
-                       "--eval.n_episodes=2", "--eval.batch_size=1", "--eval.recording=true", "--seed=7",
-                       f"--output_dir={out}")  # fmt: skip
+                       "--eval.n_episodes=2", "--eval.batch_size=2", "--eval.use_async_envs=false",
+                       "--eval.recording=true", "--seed=7", f"--output_dir={out}")  # fmt: skip
         assert done.returncode == 0, done.stderr[-3000:]
         assert len(json.loads((out / "eval_info.json").read_text())["per_task"][0]["metrics"]["successes"]) == 2
-        recordings = sorted(out.glob("recordings/**/meta/info.json"))
-        data = LeRobotDataset("found", root=recordings[-1].parent.parent)
-        recorded[steer] = np.stack([np.asarray(data[i]["action"]) for i in range(len(data))])
+        roots = sorted(path.parent.parent for path in out.glob("recordings/**/meta/info.json"))
+        sets = [LeRobotDataset(root.name, root=root) for root in roots]
+        recorded[steer] = np.stack([np.stack([np.asarray(row["action"]) for row in data.hf_dataset]) for data in sets])
     expected = ours(SteeredPolicy(base, head), [7, 8])
-    count = len(recorded["true"]) // 12
-    assert np.allclose(recorded["true"].reshape(count, 12, 2), expected[-count:], atol=1e-3)
+    assert recorded["true"].shape == (2, 12, 2) and np.allclose(recorded["true"], expected, atol=1e-3)
     assert np.abs(recorded["true"] - recorded["false"]).mean() > 0.05
 
 
@@ -227,13 +230,23 @@ def test_lerobot_rollout_drives_a_robot_with_it(fork_base, tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
 
 
+@pytest.fixture(scope="module")
+def served(steered, tmp_path_factory):
+    """The same with its camera under a name that the async server passes on (``observation.images.…`` alone)."""
+    folder = tmp_path_factory.mktemp("served") / "policy"
+    shutil.copytree(steered, folder)
+    config = folder / "config.json"
+    config.write_text(config.read_text().replace(f'"{CAMERA}"', f'"{SERVED}"'))
+    return folder
+
+
 def specs(steered):
     from lerobot.async_inference.helpers import RemotePolicyConfig
 
     names = ["x", "y"]
     features = {
         "observation.state": {"dtype": "float32", "shape": (2,), "names": names},
-        CAMERA: {"dtype": "image", "shape": (96, 96, 3), "names": ["height", "width", "channels"]},
+        SERVED: {"dtype": "image", "shape": (96, 96, 3), "names": ["height", "width", "channels"]},
     }
     return RemotePolicyConfig("dsrl", str(steered), features, 3, "cpu", {})
 
@@ -241,7 +254,7 @@ def specs(steered):
 def raw():
     from lerobot.async_inference.helpers import TimedObservation
 
-    image = np.random.default_rng(0).integers(0, 256, (384, 384, 3), dtype=np.uint8)
+    image = np.random.default_rng(0).integers(0, 256, (96, 96, 3), dtype=np.uint8)
     seen = {"x": 0.25, "y": -0.5, "image": image, "task": "push"}
     return TimedObservation(timestamp=time.time(), timestep=0, observation=seen, must_go=True), image
 
@@ -251,7 +264,7 @@ def expected_chunk(base, head, image):
     return SteeredPolicy(base, head).act(observation | {"task": "push"})
 
 
-def test_the_async_server_in_process(steered, base, head):
+def test_the_async_server_in_process(served, base, head):
     from lerobot.async_inference.configs import PolicyServerConfig
     from lerobot.async_inference.policy_server import PolicyServer
     from lerobot_policy_dsrl.server import allow
@@ -260,13 +273,13 @@ def test_the_async_server_in_process(steered, base, head):
     server = PolicyServer(PolicyServerConfig())
     context = mock.Mock()
     server.Ready(None, context)
-    server.SendPolicyInstructions(mock.Mock(data=pickle.dumps(specs(steered))), context)
+    server.SendPolicyInstructions(mock.Mock(data=pickle.dumps(specs(served))), context)
     observation, image = raw()
     actions = torch.stack([timed.get_action() for timed in server._predict_action_chunk(observation)])
     assert torch.allclose(actions, expected_chunk(base, head, image), atol=1e-4)
 
 
-def test_the_async_server_over_grpc(steered, base, head):
+def test_the_async_server_over_grpc(served, base, head):
     import grpc
     from lerobot.transport import services_pb2, services_pb2_grpc
     from lerobot.transport.utils import send_bytes_in_chunks
@@ -281,7 +294,7 @@ def test_the_async_server_over_grpc(steered, base, head):
         grpc.channel_ready_future(channel).result(timeout=120)
         stub = services_pb2_grpc.AsyncInferenceStub(channel)
         stub.Ready(services_pb2.Empty())
-        stub.SendPolicyInstructions(services_pb2.PolicySetup(data=pickle.dumps(specs(steered))))
+        stub.SendPolicyInstructions(services_pb2.PolicySetup(data=pickle.dumps(specs(served))))
         observation, image = raw()
         stub.SendObservations(send_bytes_in_chunks(pickle.dumps(observation), services_pb2.Observation, silent=True))
         answer = pickle.loads(stub.GetActions(services_pb2.Empty()).data)

@@ -70,7 +70,7 @@ class HeadConfig:
     def base_uri(self) -> str:
         """The base's URI, as `load_base` takes it."""
         name = self.base_model_name_or_path
-        if name.startswith(f"{self.adapter}:"):
+        if ":" in name:  # a URI already
             return name
         return f"{self.adapter}:{name}" + (f"@{self.revision}" if self.revision else "")
 

@@ -25,7 +25,9 @@ def byte_tokenizer(extra=(), named=None, **special):
 
     special = {"pad_token": "<pad>", "bos_token": "<bos>", "eos_token": "<eos>", "unk_token": "<unk>"} | special
     named = named or {}
-    words = [*dict.fromkeys([*special.values(), *named.values(), *extra, *pre_tokenizers.ByteLevel.alphabet()])]
+    words = [
+        *dict.fromkeys([*special.values(), *named.values(), *extra, *sorted(pre_tokenizers.ByteLevel.alphabet())])
+    ]
     tokenizer = Tokenizer(models.BPE({w: i for i, w in enumerate(words)}, [], unk_token=special["unk_token"]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -51,10 +53,15 @@ def statistics(cameras=CAMERAS, state=STATE, actions=ACTIONS, seed=0):
         low, high = mean - 3 * std, mean + 3 * std
         return {"mean": mean, "std": std, "min": low, "max": high, "q01": low, "q99": high, "q10": low, "q90": high}
 
-    images = {f"observation.images.{c}": {
-        "mean": np.full((3, 1, 1), 0.5, np.float32), "std": np.full((3, 1, 1), 0.25, np.float32),
-        "min": np.zeros((3, 1, 1), np.float32), "max": np.ones((3, 1, 1), np.float32),
-    } for c in cameras}  # fmt: skip
+    images = {
+        f"observation.images.{c}": {
+            "mean": np.full((3, 1, 1), 0.5, np.float32),
+            "std": np.full((3, 1, 1), 0.25, np.float32),
+            "min": np.zeros((3, 1, 1), np.float32),
+            "max": np.ones((3, 1, 1), np.float32),
+        }
+        for c in cameras
+    }
     made = images | {"observation.state": column(state), "action": column(actions)}
     return {k: {n: torch.from_numpy(v) for n, v in entry.items()} for k, entry in made.items()}
 
@@ -76,7 +83,9 @@ def save(kind, folder, **changes):
     with contextlib.chdir(folder), sizes(kind):
         for repo_id, put in assets.items():
             put(Path(repo_id))
-        config = make_policy_config(kind, device="cpu", **features(image=_IMAGE.get(kind, IMAGE)) | config_of | changes)
+        config = make_policy_config(
+            kind, device="cpu", **features(image=_IMAGE.get(kind, IMAGE)) | config_of | changes
+        )
         torch.manual_seed(0)
         policy = get_policy_class(kind)(config)
         randomise(policy, scale=_SCALE.get(kind, 0.1))
@@ -111,8 +120,15 @@ def _small_paligemma(stack, kind):
         for part in (config, config.text_config):
             part.vocab_size = 512
         config._vocab_size, config.image_token_index, config.projection_dim = 512, 511, 32
-        vision = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, patch_size=16,
-                      projection_dim=32, vision_use_head=False)  # fmt: skip
+        vision = {
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+            "patch_size": 16,
+            "projection_dim": 32,
+            "vision_use_head": False,
+        }
         for key, value in vision.items():
             setattr(config.vision_config, key, value)
         return real_vlm(config)
@@ -135,7 +151,9 @@ def _smolvlm(folder):
     from dsrl_vla.adapters.lerobot.nano import VLM_TOKENS, save_vlm
     from dsrl_vla.nano.model import NanoConfig
 
-    sizes = NanoConfig(image_size=IMAGE, vision_width=32, vision_layers=1, vlm_width=32, layers=2, heads=2, head_dim=16)
+    sizes = NanoConfig(
+        image_size=IMAGE, vision_width=32, vision_layers=1, vlm_width=32, layers=2, heads=2, head_dim=16
+    )
     save_vlm(folder, sizes, byte_tokenizer(named=VLM_TOKENS))
 
 
@@ -143,10 +161,10 @@ def _clip(folder):
     from transformers import CLIPConfig, CLIPModel
 
     tokenizer = byte_tokenizer()
-    ids = dict(pad_token_id=0, bos_token_id=1, eos_token_id=2)
-    common = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2)
-    text = common | ids | dict(vocab_size=len(tokenizer), max_position_embeddings=77)
-    config = CLIPConfig(text_config=text, vision_config=common | dict(image_size=IMAGE, patch_size=16))
+    ids = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    common = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    text = common | ids | {"vocab_size": len(tokenizer), "max_position_embeddings": 77}
+    config = CLIPConfig(text_config=text, vision_config=common | {"image_size": IMAGE, "patch_size": 16})
     torch.manual_seed(1)
     model = CLIPModel(config)
     randomise(model, seed=1)
@@ -155,10 +173,11 @@ def _clip(folder):
 
 
 _PALIGEMMA = {"google/paligemma-3b-pt-224": _paligemma_tokenizer}
-_CHUNK = dict(chunk_size=6, n_action_steps=3)
+_CHUNK = {"chunk_size": 6, "n_action_steps": 3}
 _PI = dict(image_resolution=(IMAGE, IMAGE), num_inference_steps=4, max_action_dim=8, max_state_dim=8, **_CHUNK)
 _IMAGE = {"diffusion": 64}  # its backbone divides by 32, and a single keypoint's place says nothing
 _SCALE = {"diffusion": 0.02, "multi_task_dit": 0.05}
+
 
 def _vlm(name):
     def put(folder):
@@ -175,11 +194,29 @@ def _bart_tokenizer(folder):
 
 def _florence():
     """Sizes of a tiny Florence-2: three stages of DaViT, then BART's encoder."""
-    size = dict(d_model=32, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2, decoder_attention_heads=2,
-                encoder_ffn_dim=64, decoder_ffn_dim=64, vocab_size=512, max_position_embeddings=256)  # fmt: skip
-    stages = dict(depths=[1, 1, 1], embed_dim=[16, 32, 32], num_heads=[2, 2, 2], num_groups=[2, 2, 2], window_size=4,
-                  patch_size=[7, 3, 3], patch_stride=[4, 2, 2], patch_padding=[3, 1, 1],
-                  patch_prenorm=[False, True, True], projection_dim=32)  # fmt: skip
+    size = {
+        "d_model": 32,
+        "encoder_layers": 1,
+        "decoder_layers": 1,
+        "encoder_attention_heads": 2,
+        "decoder_attention_heads": 2,
+        "encoder_ffn_dim": 64,
+        "decoder_ffn_dim": 64,
+        "vocab_size": 512,
+        "max_position_embeddings": 256,
+    }
+    stages = {
+        "depths": [1, 1, 1],
+        "embed_dim": [16, 32, 32],
+        "num_heads": [2, 2, 2],
+        "num_groups": [2, 2, 2],
+        "window_size": 4,
+        "patch_size": [7, 3, 3],
+        "patch_stride": [4, 2, 2],
+        "patch_padding": [3, 1, 1],
+        "patch_prenorm": [False, True, True],
+        "projection_dim": 32,
+    }
     return {"vision_config": stages, "text_config": {"model_type": "bart"} | size}
 
 
@@ -187,47 +224,125 @@ _BUILDERS = {
     "pi0": (_PI, _PALIGEMMA),
     "pi05": (_PI, _PALIGEMMA),
     "smolvla": (
-        dict(vlm_model_name="HuggingFaceTB/tiny-smolvlm", load_vlm_weights=False, resize_imgs_with_padding=(IMAGE, IMAGE),
-             num_vlm_layers=2, num_steps=4, max_action_dim=8, max_state_dim=8, **_CHUNK),
+        dict(
+            vlm_model_name="HuggingFaceTB/tiny-smolvlm",
+            load_vlm_weights=False,
+            resize_imgs_with_padding=(IMAGE, IMAGE),
+            num_vlm_layers=2,
+            num_steps=4,
+            max_action_dim=8,
+            max_state_dim=8,
+            **_CHUNK,
+        ),
         {"HuggingFaceTB/tiny-smolvlm": _smolvlm},
     ),
     "diffusion": (
-        dict(pretrained_backbone_weights=None, noise_scheduler_type="DDIM", num_inference_steps=4, horizon=8,
-             n_action_steps=4, n_obs_steps=2, down_dims=(16, 32), n_groups=4, spatial_softmax_num_keypoints=4,
-             diffusion_step_embed_dim=16, use_group_norm=True),
+        {
+            "pretrained_backbone_weights": None,
+            "noise_scheduler_type": "DDIM",
+            "num_inference_steps": 4,
+            "horizon": 8,
+            "n_action_steps": 4,
+            "n_obs_steps": 2,
+            "down_dims": (16, 32),
+            "n_groups": 4,
+            "spatial_softmax_num_keypoints": 4,
+            "diffusion_step_embed_dim": 16,
+            "use_group_norm": True,
+        },
         {},
     ),
     "multi_task_dit": (
-        dict(objective="flow_matching", num_integration_steps=4, horizon=8, n_action_steps=4, hidden_dim=32,
-             num_layers=2, num_heads=2, timestep_embed_dim=16, image_crop_shape=None, dropout=0.1,
-             vision_encoder_name="openai/clip-tiny", text_encoder_name="openai/clip-tiny"),
+        {
+            "objective": "flow_matching",
+            "num_integration_steps": 4,
+            "horizon": 8,
+            "n_action_steps": 4,
+            "hidden_dim": 32,
+            "num_layers": 2,
+            "num_heads": 2,
+            "timestep_embed_dim": 16,
+            "image_crop_shape": None,
+            "dropout": 0.1,
+            "vision_encoder_name": "openai/clip-tiny",
+            "text_encoder_name": "openai/clip-tiny",
+        },
         {"openai/clip-tiny": _clip},
     ),
     "xvla": (
-        dict(florence_config=_florence(), hidden_size=32, depth=2, num_heads=2, len_soft_prompts=4, dim_time=8,
-             max_len_seq=128, num_denoising_steps=4, action_mode="auto", max_action_dim=8, max_state_dim=8, **_CHUNK),
+        dict(
+            florence_config=_florence(),
+            hidden_size=32,
+            depth=2,
+            num_heads=2,
+            len_soft_prompts=4,
+            dim_time=8,
+            max_len_seq=128,
+            num_denoising_steps=4,
+            action_mode="auto",
+            max_action_dim=8,
+            max_state_dim=8,
+            **_CHUNK,
+        ),
         {"facebook/bart-large": _bart_tokenizer},
     ),
     "vla_jepa": (
-        dict(qwen_model_name="Qwen/tiny-qwen3-vl", freeze_qwen=True, torch_dtype="float32", action_hidden_size=32,
-             action_num_layers=2, action_num_heads=2, action_attention_head_dim=16, num_video_frames=4,
-             num_embodied_action_tokens_per_instruction=4, num_action_tokens_per_timestep=2, action_dim=ACTIONS,
-             state_dim=STATE, gripper_dim=2, clip_normalized_actions=False, binarize_gripper_action=False,
-             pre_snap_gripper_action=False, **_CHUNK),
+        dict(
+            qwen_model_name="Qwen/tiny-qwen3-vl",
+            freeze_qwen=True,
+            torch_dtype="float32",
+            action_hidden_size=32,
+            action_num_layers=2,
+            action_num_heads=2,
+            action_attention_head_dim=16,
+            num_video_frames=4,
+            num_embodied_action_tokens_per_instruction=4,
+            num_action_tokens_per_timestep=2,
+            action_dim=ACTIONS,
+            state_dim=STATE,
+            gripper_dim=2,
+            clip_normalized_actions=False,
+            binarize_gripper_action=False,
+            pre_snap_gripper_action=False,
+            **_CHUNK,
+        ),
         {"Qwen/tiny-qwen3-vl": _vlm("qwen3_vl")},
     ),
     "eo1": (
-        dict(vlm_base="Qwen/tiny-qwen2.5-vl", image_min_pixels=28 * 28, image_max_pixels=56 * 56, max_action_dim=8,
-             max_state_dim=8, num_denoise_steps=4, dtype="float32", use_fast_processor=True, **_CHUNK),
+        dict(
+            vlm_base="Qwen/tiny-qwen2.5-vl",
+            image_min_pixels=28 * 28,
+            image_max_pixels=56 * 56,
+            max_action_dim=8,
+            max_state_dim=8,
+            num_denoise_steps=4,
+            dtype="float32",
+            use_fast_processor=True,
+            **_CHUNK,
+        ),
         {"Qwen/tiny-qwen2.5-vl": _vlm("qwen2_5_vl")},
     ),
     "evo1": (
-        dict(vlm_model_name="OpenGVLab/tiny-internvl", vlm_num_layers=2, vlm_dtype="float32", use_flash_attn=False,
-             image_resolution=(IMAGE, IMAGE), max_views=2, max_action_dim=8, max_state_dim=8, embed_dim=32,
-             hidden_dim=32, state_hidden_dim=32, num_heads=2, num_layers=2, num_inference_timesteps=4,
-             enable_gradient_checkpointing=False, **_CHUNK),
+        dict(
+            vlm_model_name="OpenGVLab/tiny-internvl",
+            vlm_num_layers=2,
+            vlm_dtype="float32",
+            use_flash_attn=False,
+            image_resolution=(IMAGE, IMAGE),
+            max_views=2,
+            max_action_dim=8,
+            max_state_dim=8,
+            embed_dim=32,
+            hidden_dim=32,
+            state_hidden_dim=32,
+            num_heads=2,
+            num_layers=2,
+            num_inference_timesteps=4,
+            enable_gradient_checkpointing=False,
+            **_CHUNK,
+        ),
         {"OpenGVLab/tiny-internvl": _vlm("internvl")},
     ),
-}  # fmt: skip
+}
 
 KINDS = tuple(_BUILDERS)

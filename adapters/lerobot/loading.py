@@ -14,7 +14,6 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from dsrl_vla.errors import DsrlError, MissingExtraError, NotSteerableError, bad
 
 from ..refusals import refuse_unsteerable
@@ -61,7 +60,7 @@ def load(
     split_class.refuse(policy_config)
     if not (folder / "model.safetensors").exists():
         raise bad(f"base '{source}'", "a model.safetensors", "none in that folder")
-    with _extra(kind), _quiet():
+    with _explained(kind, source), _quiet():
         policy = _policy_class(kind).from_pretrained(folder, config=policy_config)
     split = split_class(policy)
     if dtype != "float32":
@@ -139,36 +138,42 @@ def _processors(folder: Path, source: str, config: Any, device: str) -> tuple[An
         for step in _read_json(folder / name, source, "LeRobot's processor files (0.6 or newer)")["steps"]:
             key = step.get("registry_name") or step.get("class", "")
             if not step.get("registry_name") and not key.startswith("lerobot."):
-                raise bad(f"{source}/{name}", "processor steps that are LeRobot's own", f"'{key}'", "It is not loaded.")
-            local = {k: p for k, v in step.get("config", {}).items() if isinstance(v, str) and (p := _beside(folder, v))}
+                raise bad(
+                    f"{source}/{name}", "processor steps that are LeRobot's own", f"'{key}'", "It is not loaded."
+                )
+            local = {
+                k: p for k, v in step.get("config", {}).items() if isinstance(v, str) and (p := _beside(folder, v))
+            }
             if local:
                 overrides[side][key.rpartition(".")[2]] = local
     overrides["pre"]["device_processor"] = {"device": device}
-    try:
-        with _extra(config.type), _quiet():
-            return make_pre_post_processors(
-                config,
-                str(folder),
-                preprocessor_overrides=overrides["pre"],
-                postprocessor_overrides=overrides["post"],
-            )
-    except OSError as error:
-        raise DsrlError(
-            f"{source}: expected its processors to load, got: {error} Offline, put the repository that is missing "
-            f"(a tokenizer, say) into a subfolder of the policy's folder that has its last name."
-        ) from error
+    with _explained(config.type, source), _quiet():
+        return make_pre_post_processors(
+            config,
+            str(folder),
+            preprocessor_overrides=overrides["pre"],
+            postprocessor_overrides=overrides["post"],
+        )
 
 
 @contextlib.contextmanager
-def _extra(kind: str) -> Iterator[None]:
-    """Turn a missing package into the command that installs it."""
+def _explained(kind: str, source: str) -> Iterator[None]:
+    """Say in a line which package or file a policy lacks, and how to get it."""
     try:
         yield
+    except DsrlError:
+        raise
     except ImportError as error:
         extra = KNOWN[kind].extra
         raise MissingExtraError(
             f"a '{kind}' policy needs LeRobot's extra '{extra}', of which something is missing ({error}). "
             f"Install it with: pip install 'lerobot[{extra}]'"
+        ) from error
+    except (OSError, ValueError) as error:  # LeRobot turns the one into the other
+        raise DsrlError(
+            f"{source}: expected LeRobot to load it, got: {' '.join(str(error).split())} Where this is about a "
+            "repository that cannot be reached (a tokenizer, say): put it into a subfolder of the policy's folder "
+            "that has the repository's last name."
         ) from error
 
 

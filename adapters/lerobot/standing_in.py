@@ -35,9 +35,7 @@ class XVLA(Split):
         proprio = torch.zeros(1, max(self.policy.model.dim_proprio, width))
         seen = space.preprocess(proprio, torch.ones(1, 1, width))[1][0, 0, :width]
         real = space.postprocess(torch.zeros(1, 1, width)).shape[-1]
-        return NoiseSpace(
-            self.config.chunk_size, width, live=tuple(bool(seen[i]) and i < real for i in range(width))
-        )
+        return NoiseSpace(self.config.chunk_size, width, live=tuple(bool(seen[i]) and i < real for i in range(width)))
 
     @property
     def chunk_width(self) -> int:
@@ -145,9 +143,7 @@ class WallX(Split):
     @classmethod
     def refuse(cls, config: Any) -> None:
         super().refuse(config)
-        refuse_unsteerable(
-            f"policy '{config.type}'", {"type": config.type, "prediction_mode": config.prediction_mode}
-        )
+        refuse_unsteerable(f"policy '{config.type}'", {"type": config.type, "prediction_mode": config.prediction_mode})
 
     @property
     def noise(self) -> NoiseSpace:

@@ -1,0 +1,158 @@
+"""Loading LeRobot policy directories: options, offline files, and everything that is refused."""
+
+import json
+import shutil
+
+import pytest
+import tiny_lerobot
+import torch
+from dsrl_vla import load_base, probe
+from dsrl_vla.errors import DsrlError, MissingExtraError, NotSteerableError
+from dsrl_vla.observation import unsqueeze
+
+
+def config_only(folder, **config):
+    (folder / "config.json").write_text(json.dumps(config))
+    return f"lerobot:{folder}"
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        ({"type": "act"}, "do not come out of a sampler"),
+        ({"type": "vqbet"}, "do not come out of a sampler"),
+        ({"type": "tdmpc"}, "do not come out of a sampler"),
+        ({"type": "pi0_fast"}, "autoregressive 'pi0_fast'.*Use a flow-matching variant"),
+        ({"type": "wall_x", "prediction_mode": "fast"}, "autoregressive 'wall_x'"),
+        ({"type": "molmoact2", "action_mode": "discrete"}, "autoregressive 'molmoact2'"),
+        ({"type": "diffusion", "noise_scheduler_type": "DDPM"}, "DDPM scheduler.*noise_scheduler_type=DDIM"),
+        ({"type": "multi_task_dit", "objective": "diffusion", "noise_scheduler_type": "DDPM"}, "DDPM scheduler"),
+        ({"type": "lingbot_va"}, "expected a policy type that this adapter knows.*got 'lingbot_va'"),
+        ({}, "got ''"),
+    ],
+)
+def test_what_cannot_be_steered_is_refused_before_anything_is_loaded(tmp_path, config, words):
+    """Also where LeRobot is not installed."""
+    with pytest.raises(NotSteerableError, match=words):
+        load_base(config_only(tmp_path, **config))
+
+
+def test_a_folder_without_a_policy_is_refused(tmp_path):
+    with pytest.raises(DsrlError, match=r"expected a LeRobot policy, with a config.json, got none"):
+        load_base(f"lerobot:{tmp_path}")
+
+
+def test_a_missing_lerobot_is_named_with_the_remedy(tmp_path, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "lerobot.policies", None)
+    monkeypatch.setitem(__import__("sys").modules, "lerobot", None)
+    with pytest.raises(
+        MissingExtraError, match=r"Python 3.12 or newer; this is Python 3.*pip install 'dsrl-vla\[lerobot\]'"
+    ):
+        load_base(config_only(tmp_path, type="smolvla"))
+
+
+@pytest.fixture(scope="module")
+def smolvla(tmp_path_factory):
+    pytest.importorskip("lerobot.policies")
+    folder = tmp_path_factory.mktemp("smolvla")
+    tiny_lerobot.save("smolvla", folder)
+    return folder
+
+
+def test_a_folder_that_was_moved_still_finds_its_files(smolvla, tmp_path, observation):
+    moved = shutil.copytree(smolvla, tmp_path / "elsewhere")
+    first, second = load_base(f"lerobot:{smolvla}"), load_base(f"lerobot:{moved}")
+    assert torch.equal(first.act(observation(first), seed=0), second.act(observation(first), seed=0))
+    assert first.sha256() == second.sha256()
+
+
+def test_a_tokenizer_that_is_not_there_is_asked_for(smolvla, tmp_path):
+    folder = shutil.copytree(smolvla, tmp_path / "bare")
+    path = folder / "policy_preprocessor.json"
+    path.write_text(path.read_text().replace("HuggingFaceTB/tiny-smolvlm", "nobody/nothing"))
+    with pytest.raises(DsrlError, match="put it into a subfolder of the policy's folder"):
+        load_base(f"lerobot:{folder}")
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "policy_preprocessor.json", "policy_postprocessor.json"])
+def test_a_file_that_is_missing_is_named(smolvla, tmp_path, name):
+    folder = shutil.copytree(smolvla, tmp_path / "part")
+    (folder / name).unlink()
+    with pytest.raises(DsrlError, match=name.replace(".", r"\.")):
+        load_base(f"lerobot:{folder}")
+
+
+def test_a_processor_step_from_elsewhere_is_not_loaded(smolvla, tmp_path):
+    folder = shutil.copytree(smolvla, tmp_path / "odd")
+    path = folder / "policy_postprocessor.json"
+    tree = json.loads(path.read_text())
+    tree["steps"].append({"class": "subprocess.Popen", "config": {"args": ["true"]}})
+    path.write_text(json.dumps(tree))
+    with pytest.raises(DsrlError, match=r"expected processor steps that are LeRobot's own, got 'subprocess.Popen'"):
+        load_base(f"lerobot:{folder}")
+
+
+def test_real_time_chunking_is_refused_with_the_remedy(smolvla):
+    from lerobot.policies.rtc.configuration_rtc import RTCConfig
+
+    with pytest.raises(NotSteerableError, match="real-time chunking.*config={'rtc_config': None}"):
+        load_base(f"lerobot:{smolvla}", config={"rtc_config": RTCConfig(enabled=True)})
+
+
+def test_config_can_be_changed_and_a_typo_is_refused(smolvla, observation):
+    base = load_base(f"lerobot:{smolvla}", config={"num_steps": 2, "n_action_steps": 5})
+    assert base.spec.sampler_steps == 2 and base.act(observation(base), seed=0).shape[0] == 5
+    with pytest.raises(DsrlError, match="base.config: expected a field of SmolVLAConfig, got 'num_stps'"):
+        load_base(f"lerobot:{smolvla}", config={"num_stps": 2})
+
+
+def test_the_ddpm_remedy_works(tmp_path, observation):
+    pytest.importorskip("lerobot.policies")
+    tiny_lerobot.save("diffusion", tmp_path, noise_scheduler_type="DDPM", num_inference_steps=None)
+    with pytest.raises(NotSteerableError, match="DDPM"):
+        load_base(f"lerobot:{tmp_path}")
+    base = load_base(f"lerobot:{tmp_path}", config={"noise_scheduler_type": "DDIM", "num_inference_steps": 4})
+    assert probe(base, observation(base)).deterministic and base.spec.sampler_steps == 4
+
+
+def test_cameras_can_go_by_the_tasks_names(smolvla, observation):
+    plain = load_base(f"lerobot:{smolvla}")
+    renamed = load_base(f"lerobot:{smolvla}", cameras={"behindGripper": "front"})
+    assert list(renamed.spec.observation.cameras) == ["behindGripper", "wrist"]
+    seen = observation(plain)
+    theirs = dict(seen) | {"observation.images.behindGripper": seen["observation.images.front"]}
+    assert torch.equal(plain.act(seen, seed=0), renamed.act(theirs, seed=0))
+    with pytest.raises(DsrlError, match="base.cameras: expected cameras of the policy"):
+        load_base(f"lerobot:{smolvla}", cameras={"a": "b"})
+
+
+def test_actions_come_out_in_environment_units(smolvla, observation):
+    base = load_base(f"lerobot:{smolvla}")
+    raw = torch.zeros(1, 1, tiny_lerobot.ACTIONS)
+    assert torch.allclose(base.postprocess(raw)[0, 0], tiny_lerobot.statistics()["action"]["mean"])
+
+
+@pytest.mark.parametrize("kind", ["pi0", "smolvla", "xvla"])
+def test_a_base_in_bfloat16_takes_float32_noise(kind, tmp_path, observation):
+    pytest.importorskip("lerobot.policies")
+    tiny_lerobot.save(kind, tmp_path)
+    with tiny_lerobot.sizes(kind):
+        full, half = (load_base(f"lerobot:{tmp_path}", dtype=dtype) for dtype in ("float32", "bfloat16"))
+    assert half.spec.dtype == "bfloat16" and any(p.dtype == torch.bfloat16 for p in half.model.parameters())
+    report, seen = probe(half, observation(half)), observation(half)
+    assert report.deterministic and report.noise_effect > 0
+    assert half.encode(unsqueeze(seen)).feature.dtype == torch.float32
+    apart = (half.act(seen, seed=0) - full.act(seen, seed=0)).abs().max()
+    assert 0 < apart < 0.5 * report.noise_effect
+
+
+def test_a_policy_that_is_not_served_in_bfloat16_says_so(tmp_path):
+    pytest.importorskip("lerobot.policies")
+    tiny_lerobot.save("diffusion", tmp_path)
+    with pytest.raises(DsrlError, match="base.dtype: expected float32 for a 'diffusion' policy, got bfloat16"):
+        load_base(f"lerobot:{tmp_path}", dtype="bfloat16")
+
+
+def test_unpacking_before_anything_was_encoded_is_refused(smolvla):
+    with pytest.raises(DsrlError, match="unpack: expected an encoding to have been made"):
+        load_base(f"lerobot:{smolvla}").unpack({})

@@ -73,6 +73,10 @@ class Collector:
         """The noise generators of the episodes under way."""
         return [row.stream for row in self.rows]
 
+    def restore(self) -> int:
+        """Take in episodes that are on the disk and in no checkpoint; return how many. A simulator has none."""
+        return 0
+
     @torch.no_grad()
     def step(self, warm_up: bool) -> None:
         """One decision in every environment.
@@ -148,19 +152,12 @@ class Collector:
     def tensors(self) -> dict[str, torch.Tensor]:
         """With `state`, all that is needed to go on with the very next decision."""
         found = {f"row.{i}.{k}": v for i, row in enumerate(self.rows) for k, v in row.tensors().items()}
-        found |= {f"finished.{i}.{k}": v for i, e in enumerate(self.finished) for k, v in e.tensors().items()}
-        return found | {"observed": torch.as_tensor(np.array(self.observations[STATE]))}
+        return found | self._past_tensors() | {"observed": torch.as_tensor(np.array(self.observations[STATE]))}
 
     def state(self) -> dict[str, Any]:
         """Counters, seeds and lengths; JSON-able."""
-        return {
-            **{name: getattr(self, name) for name in ("episodes", "env_steps", "decisions")},
-            "recent": list(self.recent),
-            "seeds": [row.seed for row in self.rows],
-            "windows": [len(window) for window in self.windows.windows],
-            "finished": len(self.finished),
-            "faults": dict(self.faults.counts),
-        }
+        seeds, windows = [row.seed for row in self.rows], [len(window) for window in self.windows.windows]
+        return self._past_state() | {"seeds": seeds, "windows": windows}
 
     def resume(self, tensors: dict[str, torch.Tensor], state: dict[str, Any]) -> None:
         """Undo `tensors` and `state`: the episodes under way are executed again up to where they were.
@@ -168,12 +165,7 @@ class Collector:
         Where the task cannot repeat itself (a robot; a simulator with a will of its own), they are given up and new
         ones begun.
         """
-        self.episodes, self.env_steps, self.decisions = (
-            state[name] for name in ("episodes", "env_steps", "decisions")
-        )
-        self.recent.extend(state["recent"])
-        self.faults.counts.update(state["faults"])
-        self.finished.extend(Finished.from_tensors(part(tensors, f"finished.{i}.")) for i in range(state["finished"]))
+        self._resume_past(tensors, state)
         rows = [UnderWay.from_tensors(seed, part(tensors, f"row.{i}.")) for i, seed in enumerate(state["seeds"])]
         if self.task.repeatable:
             seen = self.task.restore([(row.seed, row.chunks) for row in rows])
@@ -185,6 +177,27 @@ class Collector:
                 return
             log.warning("the episodes under way do not repeat themselves: new ones are begun in their place.")
         self._start()
+
+    def _past_tensors(self) -> dict[str, torch.Tensor]:
+        """Of the newest episodes that are over."""
+        return {f"finished.{i}.{k}": v for i, e in enumerate(self.finished) for k, v in e.tensors().items()}
+
+    def _past_state(self) -> dict[str, Any]:
+        """What has been counted so far."""
+        return {
+            **{name: getattr(self, name) for name in ("episodes", "env_steps", "decisions")},
+            "recent": list(self.recent),
+            "finished": len(self.finished),
+            "faults": dict(self.faults.counts),
+        }
+
+    def _resume_past(self, tensors: dict[str, torch.Tensor], state: dict[str, Any]) -> None:
+        """Undo `_past_tensors` and `_past_state`."""
+        for name in ("episodes", "env_steps", "decisions"):
+            setattr(self, name, state[name])
+        self.recent.extend(state["recent"])
+        self.faults.counts.update(state["faults"])
+        self.finished.extend(Finished.from_tensors(part(tensors, f"finished.{i}.")) for i in range(state["finished"]))
 
     @property
     def success(self) -> float:

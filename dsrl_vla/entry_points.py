@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from importlib import metadata
 from typing import Any
 
@@ -34,3 +35,18 @@ def load(group: str, kind: str, name: str) -> Any:
     if name not in known:
         raise unknown(kind, name, known)
     return next(iter(metadata.entry_points(group=group, name=name))).load()
+
+
+def imported(name: str, field: str) -> Any:
+    """What ``package.module:name`` names; `field` is who asks for it.
+
+    Raises:
+        DsrlError: it cannot be imported.
+    """
+    module, colon, attribute = name.partition(":")
+    try:
+        if not colon:
+            raise ImportError("it has no colon")
+        return getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise DsrlError(f"{field}: expected an importable package.module:name, got '{name}' ({error}).") from error

@@ -78,6 +78,14 @@ class HeadConfig:
             **more,
         )
 
+    @property
+    def base_uri(self) -> str:
+        """The base's URI, as `load_base` takes it."""
+        name = self.base_model_name_or_path
+        if ":" in name:  # a URI already
+            return name
+        return f"{self.adapter}:{name}" + (f"@{self.revision}" if self.revision else "")
+
     def to_json(self) -> str:
         """As ``head_config.json``; lists of numbers and flags on one line each."""
         text = json.dumps(asdict(self), indent=2)

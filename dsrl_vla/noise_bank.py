@@ -7,6 +7,7 @@ for it anyway, are true for ever. For a real π0 eight of them are some 50 kB; i
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 
@@ -20,6 +21,9 @@ ACTION, BANK_LATENT, BANK_ACTION, PREFIX = "action", "bank_latent", "bank_action
 
 class Keeper:
     """Runs the sampler for a decision, and says what the replay is to keep beside its observation."""
+
+    learns_from_actions: ClassVar[bool] = False
+    """Whether decisions whose noise nobody knows are of use (`label`)."""
 
     def observed(self, base: FrozenPolicy, encoding: Encoding) -> Extras:
         """What to keep of every observation, an episode's last one included."""
@@ -77,6 +81,7 @@ class BankConfig:
 class BankKeeper(Keeper):
     """Keeps the executed chunk, and a bank whose first pair is the executed one."""
 
+    learns_from_actions: ClassVar[bool] = True
     config: BankConfig
 
     def draw(self, head: SteeringHead, inputs: HeadInputs, generators: list[torch.Generator]) -> torch.Tensor:
@@ -101,6 +106,8 @@ class BankKeeper(Keeper):
 
 class PrefixKeeper(Keeper):
     """Keeps the executed chunk and the whole prefix, for updates that denoise."""
+
+    learns_from_actions: ClassVar[bool] = True
 
     def observed(self, base, encoding):
         return {PREFIX + name: tensor for name, tensor in base.pack(encoding).items()}

@@ -47,7 +47,8 @@ class OfflineConfig:
     updates: int = 0
     """Updates on offline data alone, before the first environment step."""
     relabel: str = ""
-    """sparse_success, or ``package.module:function`` from episode to episode: sets rewards and `terminated` anew."""
+    """sparse_success, demonstrations (all of them succeed), or ``package.module:function`` from episode to episode:
+    sets rewards and `terminated` anew."""
 
     def __post_init__(self) -> None:
         if not 0 < self.share < 1:
@@ -91,6 +92,11 @@ def sparse_success(episode: OfflineEpisode) -> OfflineEpisode:
     reward = np.full(len(episode["action"]), -1.0)
     reward[-1] += success
     return episode | {"reward": reward, "terminated": success}
+
+
+def demonstrations(episode: OfflineEpisode) -> OfflineEpisode:
+    """Relabel, for data without rewards: every episode is a success, -1 per step and 0 on the last."""
+    return sparse_success(episode | {"success": np.ones(len(episode["action"]), dtype=bool)})
 
 
 class OfflineLoader:

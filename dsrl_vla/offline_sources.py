@@ -10,13 +10,13 @@ The npz format: all steps of all episodes one after the other, one array per fie
 ``reward``                              float (N,)             of the action
 ``terminated``                          bool (N,)              true on the last step of an episode that ended there
 ``success``                             bool (N,), optional    for relabelling
+``noise``                               float (N, H, D), opt.  what the base was given
 ``task``                                str, () or (N,)        the prompt
 ======================================  =====================  ==================================================
 """
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
@@ -24,11 +24,14 @@ from typing import Any
 
 import numpy as np
 
-from .errors import DsrlError, bad, missing_extra
+from .entry_points import imported
+from .errors import bad, missing_extra
 from .observation import IMAGE_PREFIX, PROMPT
-from .offline import OfflineConfig, OfflineEpisode, Relabel, sparse_success
+from .offline import OfflineConfig, OfflineEpisode, Relabel, demonstrations, sparse_success
 
-_SHIPPED = {"sparse_success": sparse_success}
+_SHIPPED = {"sparse_success": sparse_success, "demonstrations": demonstrations}
+_SCALARS = ("reward", "success", "human", "decision", "next.terminated")
+OBS_IMAGE = "observation.image"  # LeRobot's name of an only camera
 _NAMES = {"next.reward": "reward", "next.success": "success", "next.done": "terminated"}  # LeRobot's columns
 
 
@@ -129,19 +132,26 @@ def _read_lerobot(folder: Path) -> Iterator[OfflineEpisode]:
         yield _lerobot_episode(rows)
 
 
+_LEROBOTS_OWN = ("timestamp", "frame_index", "episode_index", "index", "task_index", PROMPT, "next.done")
+
+
 def _lerobot_episode(rows: list[dict[str, Any]]) -> OfflineEpisode:
-    """LeRobot's images are float CHW in [0, 1]; `next.done` does not tell a success from a cut."""
+    """LeRobot's images are float CHW in [0, 1]; its `next.done` does not tell a success from a cut."""
     episode: OfflineEpisode = {PROMPT: rows[0]["task"]}
     for key in rows[0]:
+        if key in _LEROBOTS_OWN or key.endswith("_is_pad"):
+            continue
         name = _NAMES.get(key, key)
+        if name == OBS_IMAGE:
+            name = f"{IMAGE_PREFIX}image"
+        values = np.stack([np.asarray(row[key]) for row in rows])
         if name.startswith(IMAGE_PREFIX):
-            stacked = np.stack([np.asarray(row[key]) for row in rows])
-            episode[name] = (stacked.transpose(0, 2, 3, 1) * 255).round().astype(np.uint8)
-        elif name in ("observation.state", "action", "reward", "success"):
-            episode[name] = np.stack([np.asarray(row[key]) for row in rows]).reshape(len(rows), -1)
-            if name in ("reward", "success"):
-                episode[name] = episode[name][:, 0]
-    episode["terminated"] = bool(np.max(episode.get("success", [False])))
+            values = (values.transpose(0, 2, 3, 1) * 255).round().astype(np.uint8)
+        elif name in _SCALARS:
+            values = values.reshape(len(rows), -1)[:, 0]
+        episode[name] = values
+    ended = episode.pop("next.terminated", episode.get("success", np.zeros(1)))
+    episode["terminated"] = bool(np.max(ended))
     return episode
 
 
@@ -153,11 +163,7 @@ def load_relabel(name: str) -> Relabel:
     """
     if name in _SHIPPED:
         return _SHIPPED[name]
-    module, colon, function = name.partition(":")
-    if not colon:
+    if ":" not in name:
         raise bad("offline.relabel", f"{', '.join(_SHIPPED)} or package.module:function", f"'{name}'")
-    try:
-        found: Relabel = getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError) as error:
-        raise DsrlError(f"offline.relabel: expected an importable function, got '{name}' ({error}).") from error
+    found: Relabel = imported(name, "offline.relabel")
     return found

@@ -21,7 +21,11 @@ def record(
     seeds: Sequence[int],
     on_episode: Callable[[OfflineEpisode], None] = lambda _: None,
 ) -> Iterator[OfflineEpisode]:
-    """Play one episode per seed and task and yield it, with an observation for every step."""
+    """Play one episode per seed and task and yield it, with an observation for every step.
+
+    Beyond the offline format it has ``noise`` (T, H, D), what the base was given, and ``decision`` (T,), the decision
+    that a step belongs to.
+    """
     for uri in config.uris:
         yield from _record_task(base, uri, config.max_episode_steps, source, seeds, on_episode)
 
@@ -41,12 +45,14 @@ def _record_task(
         observation, _ = env.reset(seed=seed)
         columns: dict[str, list] = {}
         over = terminated = success = False
+        decision = 0
         while not over:
             observations = unsqueeze(observation | {PROMPT: env.info.prompt})
             encoding = base.encode(observations)
-            chunk = base.denoise(encoding, source(observations, encoding, streams))[0, 0, : base.spec.executed_steps]
+            noise = source(observations, encoding, streams)
+            chunk = base.denoise(encoding, noise)[0, 0, : base.spec.executed_steps]
             for action in chunk.numpy():
-                row = {**observation, "action": action}
+                row = {**observation, "action": action, "noise": noise[0, 0].numpy(), "decision": decision}
                 observation, reward, terminated, truncated, info = env.step(action)
                 success = bool(info["success"])
                 for key, value in (row | {"reward": reward, "success": success}).items():
@@ -54,6 +60,7 @@ def _record_task(
                 over = terminated or truncated
                 if over:
                     break
+            decision += 1
         episode: OfflineEpisode = {key: np.stack(values) for key, values in columns.items()}
         episode |= {"terminated": terminated, PROMPT: env.info.prompt}
         on_episode(episode)

@@ -17,6 +17,7 @@ from .observation import PROMPT, Observations
 from .policy import FrozenPolicy
 from .sources import NoiseSource
 from .tasks import ChunkEnv, TaskInfo, make_task
+from .tasks.live import VOID
 
 VectorMode = Literal["sync", "async"]
 _NOISE_STREAM = 7919  # separates an episode's noise from its environment's draws
@@ -47,7 +48,7 @@ class TaskConfig:
 
 
 def _make_chunked(uri: str, max_episode_steps: int, chunk: int) -> ChunkEnv:
-    return ChunkEnv(make_task(uri, max_episode_steps=max_episode_steps), chunk)
+    return make_task(uri, max_episode_steps=max_episode_steps).chunked(chunk)
 
 
 @dataclass
@@ -60,11 +61,22 @@ class ChunkResult:
     terminated: np.ndarray
     truncated: np.ndarray
     success: np.ndarray
+    human: np.ndarray
+    """Whether a person drove; only `LiveTask` says so."""
+    ending: np.ndarray
+    """How a `LiveTask` was ended, '' while it was not."""
+    executed: np.ndarray | None
+    """(B, k, A), what a `LiveTask` really executed."""
 
     @property
     def done(self) -> np.ndarray:
         """Whether the episode is over, either way."""
         return self.terminated | self.truncated
+
+    @property
+    def void(self) -> np.ndarray:
+        """Whether the episode does not count, by word of its operator."""
+        return np.isin(self.ending, list(VOID))
 
 
 class VectorTask:
@@ -116,6 +128,7 @@ class VectorTask:
     def step(self, chunks: np.ndarray) -> ChunkResult:
         """Execute float32 (B, k, A), open loop."""
         observations, _, terminated, truncated, info = self.envs.step(chunks)
+        none = np.zeros(len(chunks), dtype=bool)
         return ChunkResult(
             self._with_prompts(observations),
             np.stack(list(info["rewards"])),
@@ -123,6 +136,9 @@ class VectorTask:
             terminated.copy(),
             truncated.copy(),
             np.asarray(info["success"], dtype=bool),
+            np.asarray(info.get("human", none), dtype=bool),
+            np.array([str(word or "") for word in info.get("ending", [""] * len(chunks))]),
+            info.get("executed"),
         )
 
     def _with_prompts(self, observations: dict[str, np.ndarray]) -> Observations:
@@ -168,6 +184,8 @@ def run_episodes(
     """Run one episode per seed and task; return them task by task, each in the order of `seeds`.
 
     The same seeds give the same environments and, from the same source, the same noise: runs are paired.
+    Where an operator says that an episode does not count, it is played again; one in which a person took over is
+    no success of the policy's.
     """
     count, executed = task.config.num_envs, base.spec.executed_steps
     queues = {uri: list(seeds) for uri in task.config.uris}
@@ -176,7 +194,7 @@ def run_episodes(
     filler = seeds[0]  # idle environments replay an episode nobody counts
     streams = episode_generators([filler if s is None else s for s in now], trial)
     observations = task.reset([filler if s is None else s for s in now])
-    steps, rewards = np.zeros(count, dtype=int), np.zeros(count)
+    steps, rewards, helped = np.zeros(count, dtype=int), np.zeros(count), np.zeros(count, dtype=bool)
     done: dict[tuple[str, int], Episode] = {}
     total = len(seeds) * len(queues)
     while len(done) < total:
@@ -186,18 +204,21 @@ def run_episodes(
         observations = result.observations
         steps += result.steps
         rewards += result.rewards.sum(1)
+        helped |= result.human
         if not result.done.any():
             continue
         fresh: list[int | None] = [None] * count
         for i in np.flatnonzero(result.done):
             seed, uri = now[i], task.uris[i]
-            if seed is not None:
-                done[uri, seed] = Episode(seed, bool(result.success[i]), int(steps[i]), float(rewards[i]), uri)
-                on_episode(done[uri, seed])
-            now[i] = take(i)
+            if not result.void[i]:
+                if seed is not None:
+                    success = bool(result.success[i] and not helped[i])
+                    done[uri, seed] = Episode(seed, success, int(steps[i]), float(rewards[i]), uri)
+                    on_episode(done[uri, seed])
+                now[i] = take(i)
             fresh[i] = filler if now[i] is None else now[i]
             streams[i] = episode_generators([fresh[i]], trial)[0]  # type: ignore[list-item]
-            steps[i], rewards[i] = 0, 0.0
+            steps[i], rewards[i], helped[i] = 0, 0.0, False
         if len(done) < total:
             observations = task.reset(fresh)
     return [done[uri, seed] for uri in queues for seed in seeds]

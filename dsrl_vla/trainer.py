@@ -18,13 +18,13 @@ import torch
 from tqdm import tqdm
 
 from . import seeds as seed_ranges
-from .collect import Collector
 from .errors import DsrlError
 from .evaluation import Measure, evaluate, evaluation_episodes, measure
 from .faults import Faults, LastGood, all_finite
 from .head import HeadConfig, SteeringHead
 from .interrupts import stop_requests
 from .learners import build_learner
+from .live_collect import make_collector
 from .noise_aliasing import NoiseAliasing
 from .noise_search import BestOfK, SearchConfig, Ticket, search_ticket
 from .offline import MixedReplay, OfflineLoader
@@ -75,11 +75,12 @@ class Trainer:
             self.data = MixedReplay(self.replay, self._read_offline(), recipe.offline.share)
         self.faults = Faults(config.max_faults)
         self.good, self.good_at = LastGood(self.learner), 0
-        self.collector = Collector(
+        self.collector = make_collector(
             base,
             self.head,
             task,
             self.replay,
+            out,
             sac=sac,
             first_seed=first_seed,
             keeper=self.learner.keeper(),
@@ -144,14 +145,18 @@ class Trainer:
         return self.done
 
     def _decide(self) -> None:
-        """One decision in every environment, and the updates it is owed."""
-        config = self.recipe.train
-        warm_up = self.collector.decisions < config.learning_starts
+        """One decision in every environment (a live task: one episode), and the updates it is owed."""
+        warm_up = self.collector.decisions < self.recipe.train.learning_starts
         self.collector.step(warm_up)
-        if warm_up:
-            return
+        if not warm_up:
+            self.catch_up()
+
+    def catch_up(self) -> None:
+        """The updates that the decisions so far are owed."""
+        config = self.recipe.train
         owed = int((self.collector.decisions - config.learning_starts) * config.gradient_steps)
-        self._update_to(self.recipe.offline.updates + owed)
+        if owed > 0:
+            self._update_to(self.recipe.offline.updates + owed)
 
     def _update_to(self, count: int) -> None:
         """Update until the learner has made `count` updates."""

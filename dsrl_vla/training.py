@@ -76,6 +76,8 @@ def train(
         trainer = Trainer(recipe, base, task, held_out, out)
         if resume:
             trainer.resume()
+            if trainer.collector.restore():
+                trainer.catch_up()
         finished = trainer.run()
         head = trainer.best_head()
         result = None

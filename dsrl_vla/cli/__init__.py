@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable
 
 from ..errors import DsrlError, unknown
+from .exporting import run_export, run_export_policy
 from .listing import init_recipe, list_adapters, list_recipes
 from .measuring import run_eval, run_preflight, run_record, run_search
 from .serving import run_serve
@@ -43,7 +44,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def _usage() -> str:
     lines = ["usage: dsrl-vla COMMAND …    (dsrl-vla COMMAND --help tells more)", ""]
-    lines += [f"  {name:<11} {(command.__doc__ or '').strip()}" for name, command in COMMANDS.items()]
+    lines += [f"  {name:<14} {(command.__doc__ or '').strip()}" for name, command in COMMANDS.items()]
     return "\n".join(lines)
 
 
@@ -54,6 +55,8 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "serve": run_serve,
     "search": run_search,
     "record": run_record,
+    "export": run_export,
+    "export-policy": run_export_policy,
     "pretrain": run_pretrain,
     "push": run_push,
     "inspect": run_inspect,

@@ -30,6 +30,8 @@ class TaskInfo:
     cameras: Mapping[str, tuple[int, int, int]] = field(default_factory=dict)
     reward_range: tuple[float, float] = (-1.0, 0.0)
     """Least and greatest reward of a step: what bounds a value estimate."""
+    live: bool = False
+    """Whether an operator stands beside it; see `dsrl_vla.tasks.live`."""
 
 
 class TaskEnv(gym.Env, abc.ABC):
@@ -59,6 +61,10 @@ class TaskEnv(gym.Env, abc.ABC):
     @abc.abstractmethod
     def frame(self, size: int = 256) -> np.ndarray:
         """A picture for people, uint8 (size, size, 3)."""
+
+    def chunked(self, chunk: int) -> ChunkEnv:
+        """This task with chunks of `chunk` actions for its actions."""
+        return ChunkEnv(self, chunk)
 
     def _build_spaces(self) -> None:
         spaces: dict[str, gym.Space] = {

@@ -1,0 +1,156 @@
+"""A steered policy with the interface of LeRobot's policies.
+
+Its folder holds the head (``head.safetensors``, ``head_config.json``), LeRobot's ``config.json`` and the processors.
+The base is loaded by its URI, keeps its own processors, and is no part of this module's state.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from pathlib import Path
+from typing import Any
+
+import torch
+from dsrl_vla import SteeringHead, load_base
+from dsrl_vla.errors import DsrlError, bad
+from dsrl_vla.noise import generators
+from dsrl_vla.observation import IMAGE_PREFIX, PROMPT, STATE, Observations
+from dsrl_vla.policy import FrozenPolicy
+from dsrl_vla.sources import HeadNoise, NoiseSource, PriorNoise
+from lerobot.configs import PreTrainedConfig
+from lerobot.policies.pretrained import PreTrainedPolicy
+from torch import Tensor
+
+from .configuration_dsrl import DsrlConfig
+
+FILES = ["*.json", "*.safetensors"]
+
+
+def camera_of(key: str) -> str:
+    """``observation.images.front`` -> front; LeRobot's only camera, ``observation.image``, is called image."""
+    return key.removeprefix(IMAGE_PREFIX).removeprefix("observation.")
+
+
+class DsrlPolicy(PreTrainedPolicy):
+    """A base and a head; what it returns is in environment units.
+
+    Args:
+        base, head: by default those that the config names; the head has to come from `from_pretrained`.
+
+    Raises:
+        DsrlError: the head is not for this base; no head.
+    """
+
+    config_class = DsrlConfig
+    name = "dsrl"
+
+    def __init__(
+        self, config: DsrlConfig, *, head: SteeringHead | None = None, base: FrozenPolicy | None = None, **_: Any
+    ):
+        super().__init__(config)
+        if head is None:
+            raise bad("policy 'dsrl'", "a saved one (--policy.path=DIR, from `dsrl-vla export-policy`)", "a new one")
+        base = base or load_base(config.base, dtype=config.base_dtype, device=config.device)
+        head.check_base(base.spec)
+        if config.n_action_steps != base.spec.executed_steps:
+            raise bad("policy.n_action_steps", f"{base.spec.executed_steps}, as in training", config.n_action_steps)
+        self.head = head
+        self.__dict__["base"] = base  # no submodule: neither saved nor moved with the head
+        self.source: NoiseSource = PriorNoise(base.spec.noise)
+        if config.steer:
+            self.source = HeadNoise(head, deterministic=not config.stochastic)
+        self._episodes = 0
+        self.reset()
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_name_or_path: str | Path,
+        *,
+        config: PreTrainedConfig | None = None,
+        revision: str | None = None,
+        **kwargs: Any,
+    ) -> DsrlPolicy:
+        """Load from a folder or a Hub repository.
+
+        Raises:
+            DsrlError: no steered policy there.
+        """
+        folder = Path(pretrained_name_or_path)
+        if not folder.is_dir():
+            from huggingface_hub import snapshot_download
+
+            name = str(pretrained_name_or_path)
+            folder = Path(snapshot_download(name, revision=revision, allow_patterns=FILES))
+        config = config or PreTrainedConfig.from_pretrained(folder)
+        if not isinstance(config, DsrlConfig):
+            raise bad(f"policy '{pretrained_name_or_path}'", "a policy of type 'dsrl'", f"'{config.type}'")
+        made = {name: value for name, value in kwargs.items() if name == "base"}
+        return cls(config, head=SteeringHead.from_pretrained(folder), **made)
+
+    def _save_pretrained(self, save_directory: Path, state_dict: dict[str, Tensor] | None = None) -> None:
+        self.config._save_pretrained(save_directory)
+        self.head.save_pretrained(save_directory)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> DsrlPolicy:
+        """The head stays where it is, in float32: what it looks at is on the CPU, and it costs next to nothing."""
+        return self
+
+    def reset(self) -> None:
+        """A new episode in every environment."""
+        self._queue: deque[Tensor] = deque()
+        self._streams: list[torch.Generator] = []
+
+    def select_action(self, batch: dict[str, Tensor], **kwargs: Any) -> Tensor:
+        """float32 (B, A); asks for a new chunk when the last one has been executed."""
+        if not self._queue:
+            self._queue.extend(self.predict_action_chunk(batch, **kwargs).unbind(1))
+        return self._queue.popleft()
+
+    def predict_action_chunk(self, batch: dict[str, Tensor], **kwargs: Any) -> Tensor:
+        """float32 (B, executed steps, A).
+
+        Raises:
+            DsrlError: an observation that does not fit the base; real-time chunking, which overwrites the noise.
+        """
+        if any(kwargs.get(name) is not None for name in ("inference_delay", "prev_chunk_left_over")):
+            raise DsrlError(
+                "policy 'dsrl': expected plain chunks, got real-time chunking, which overwrites the noise of the steps "
+                "that overlap with the last chunk. Run it with sync inference."
+            )
+        observations = self.observations(batch)
+        encoding = self.base.encode(observations)
+        noise = self.source(observations, encoding, self._generators(encoding.batch))
+        return self.base.denoise(encoding, noise)[:, 0, : self.base.spec.executed_steps]
+
+    def drop_queued_actions(self) -> None:
+        """Forget what is left of the present chunk."""
+        self._queue.clear()
+
+    def observations(self, batch: dict[str, Any]) -> Observations:
+        """LeRobot's batch, images float (B, 3, H, W) in [0, 1], as the base's own observations."""
+        found: Observations = {STATE: batch[STATE].detach().float().cpu().numpy()}
+        for key in self.config.image_features:
+            if key not in batch:
+                raise bad(key, "to be in the observation", ", ".join(sorted(batch)), "See --rename_map.")
+            pixels = (batch[key].detach().float() * 255).round().clamp(0, 255).to(torch.uint8)
+            found[IMAGE_PREFIX + camera_of(key)] = pixels.permute(0, 2, 3, 1).cpu().numpy()
+        prompts = batch.get(PROMPT)
+        if prompts is not None:
+            found[PROMPT] = [prompts] if isinstance(prompts, str) else list(prompts)
+        return found
+
+    def _generators(self, count: int) -> list[torch.Generator]:
+        if len(self._streams) != count:
+            first = (self.config.seed << 20) + self._episodes
+            self._streams = generators(list(range(first, first + count)))
+            self._episodes += count
+        return self._streams
+
+    def forward(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict | None]:
+        """Raises: a head is trained by `dsrl-vla train`."""
+        raise DsrlError("policy 'dsrl': expected to be run, got trained on a dataset. Train heads by `dsrl-vla train`.")
+
+    def get_optim_params(self) -> Any:
+        """The head's."""
+        return self.head.parameters()

@@ -1,0 +1,251 @@
+"""Collection beside an operator: one whole episode at a time, journalled, then learnt from.
+
+An episode enters the replay when it is over and its operator has let it count. Updates happen between episodes,
+while the scene is made ready, never between two actions of a robot.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from .collect import Collector
+from .errors import bad
+from .head import HeadInputs, SteeringHead
+from .journal import FOLDER, EpisodeRecord, Journal
+from .n_step import Decision, NStepWindows
+from .observation import PROMPT, Observations
+from .policy import FrozenPolicy
+from .replay import Extras, Replay
+from .rollout import ChunkResult, VectorTask, episode_generators
+from .tasks.live import Ending
+from .watch import Finished
+
+
+def make_collector(
+    base: FrozenPolicy, head: SteeringHead, task: VectorTask, replay: Replay, out: Path, **options: Any
+) -> Collector:
+    """The collector for a task; `out` is the run's directory, where a live one keeps its journal."""
+    if task.info.live:
+        return EpisodeCollector(base, head, task, replay, journal=Journal(out / FOLDER), **options)
+    return Collector(base, head, task, replay, **options)
+
+
+@dataclass
+class _Played:
+    """An episode while it is being played; one entry per decision."""
+
+    number: int
+    streams: list[torch.Generator]
+    observations: list[Observations] = field(default_factory=list)
+    chosen: list[_Chosen | None] = field(default_factory=list)
+    """None where a person drove."""
+    results: list[ChunkResult] = field(default_factory=list)
+
+    def add(self, observation: Observations, chosen: _Chosen | None, result: ChunkResult) -> None:
+        """Take a decision in. One without steps brought only the operator's word about the one before."""
+        if result.steps[0]:
+            self.observations.append(observation)
+            self.chosen.append(None if result.human[0] else chosen)
+            self.results.append(result)
+        elif result.ending[0] and self.results:
+            last = self.results[-1]
+            last.rewards[0, last.steps[0] - 1] = result.rewards[0, 0]
+
+
+@dataclass(frozen=True)
+class _Chosen:
+    """What the head chose at a decision, each with a leading 1."""
+
+    inputs: HeadInputs
+    observed: Extras
+    extras: Extras
+    latent: torch.Tensor
+
+
+class EpisodeCollector(Collector):
+    """A collector for a `LiveTask`: a step is an episode. It needs a single environment.
+
+    Where a person drives, the base is not asked, so that it does not slow them down; their actions are labelled
+    once the episode is over, and enter the replay only where the algorithm learns from actions.
+
+    Raises:
+        DsrlError: more than one environment; a robot in dry run.
+    """
+
+    def __init__(self, *args: Any, journal: Journal, **kwargs: Any):
+        self.journal = journal
+        super().__init__(*args, **kwargs)
+
+    def _start(self) -> None:
+        if self.task.config.num_envs != 1:
+            raise bad("task.num_envs", "1 for a task with an operator", self.task.config.num_envs)
+        if self.task.envs.get_attr("dry_run")[0]:
+            raise bad("dry_run", "false, to train on a robot", "true", "`dsrl-vla drive` rehearses.")
+        self.human_steps = self.void = 0
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Of finished episodes alone: one under way is played again."""
+        return self._past_tensors()
+
+    def state(self) -> dict[str, Any]:
+        """Counters; JSON-able."""
+        return self._past_state() | {"human_steps": self.human_steps, "void": self.void}
+
+    def resume(self, tensors: dict[str, torch.Tensor], state: dict[str, Any]) -> None:
+        """Go on counting from a checkpoint."""
+        self._resume_past(tensors, state)
+        self.human_steps, self.void = state["human_steps"], state["void"]
+
+    def restore(self) -> int:
+        """Take in the journal's episodes that the checkpoint does not know; return how many."""
+        numbers = [n for n in self.journal.numbers() if n >= self.episodes]
+        for number in numbers:
+            self._enter(self.journal.read(number))
+        return len(numbers)
+
+    @torch.no_grad()
+    def step(self, warm_up: bool) -> None:
+        """Play one episode that counts."""
+        while True:
+            played = self._play(warm_up)
+            ending = played.results[-1].ending[0] if played.results else Ending.REDO
+            if played.results and not played.results[-1].void[0]:
+                record = self._record(played)
+                self.journal.append(record)
+                self._enter(record)
+                return
+            self.void += 1
+            self.episodes += ending == Ending.DISCARD
+
+    def _play(self, warm_up: bool) -> _Played:
+        """Play an episode to its end."""
+        seed = self.first_seed + self.episodes
+        played = _Played(self.episodes, episode_generators([seed]))
+        observation = self.task.reset([seed])
+        while True:
+            human = self.task.envs.get_attr("human")[0]
+            chosen, chunks = (None, self._nobody()) if human else self._choose(observation, played.streams, warm_up)
+            result = self.task.step(chunks)
+            played.add(observation, chosen, result)
+            observation = result.observations
+            if result.done[0]:
+                if played.results:
+                    played.results[-1] = _ended(played.results[-1], result)
+                return played
+
+    def _nobody(self) -> np.ndarray:
+        spec = self.base.spec
+        return np.full((1, spec.executed_steps, spec.action_dim), np.nan, dtype=np.float32)
+
+    def _choose(
+        self, observation: Observations, streams: list[torch.Generator], warm_up: bool
+    ) -> tuple[_Chosen, np.ndarray]:
+        """The head's choice (or base noise, while warming up), and the chunk (1, k, A) that it gives."""
+        encoding = self.base.encode(observation)
+        inputs = self.head.read(observation, encoding)
+        latent = self.head.layout.sample(streams)[:, 0] if warm_up else self.head.latent(inputs, streams)
+        chunks, extras = self.keeper.denoise(self.base, encoding, self.head, inputs, latent, streams)
+        return _Chosen(inputs, self.keeper.observed(self.base, encoding), extras, latent), chunks.numpy()
+
+    def _label(self, observation: Observations, result: ChunkResult | None, streams: list) -> _Chosen:
+        """The same for a decision of a person's, or for an episode's last observation (no result)."""
+        encoding = self.base.encode(observation)
+        inputs, extras = self.head.read(observation, encoding), {}
+        if result is not None and self.keeper.learns_from_actions:
+            assert result.executed is not None
+            chunk = torch.from_numpy(result.executed)
+            extras = self.keeper.label(self.base, encoding, self.head, inputs, chunk, streams)
+        blank = torch.zeros(1, *self.head.layout.latent_shape)
+        return _Chosen(inputs, self.keeper.observed(self.base, encoding), extras, blank)
+
+    def _record(self, played: _Played) -> EpisodeRecord:
+        """Label what a person did, and put the episode into one record."""
+        results, last = played.results, played.results[-1]
+        rows = [
+            chosen or self._label(observation, result, played.streams)
+            for observation, chosen, result in zip(played.observations, played.chosen, results, strict=True)
+        ]
+        human = np.array([chosen is None for chosen in played.chosen])
+        latent = torch.cat([row.latent for row in rows])
+        noise = self.head.layout.expand(latent)
+        noise[torch.from_numpy(human)] = torch.nan
+        ends = [] if last.terminated[0] else [self._label(last.observations, None, played.streams)]
+        joined = [*rows, *ends]
+        extras = _cat([row.observed for row in joined]) | _align([row.extras for row in rows])
+        taken = self.task.envs.call("taken")[0]
+        steps = np.array([int(result.steps[0]) for result in results])
+        taken |= {"decision": np.repeat(np.arange(len(steps)), steps)}
+        return EpisodeRecord(
+            number=played.number,
+            env_steps=int(steps.sum()),
+            decisions_before=self.decisions,
+            prompt=str(last.observations[PROMPT][0]),
+            ending=str(last.ending[0]),
+            terminated=bool(last.terminated[0]),
+            success=bool(last.success[0]),
+            inputs=_cat([row.inputs for row in joined]),
+            extras=extras,
+            decisions={
+                "latent": latent,
+                "rewards": torch.from_numpy(np.concatenate([result.rewards for result in results])),
+                "steps": torch.from_numpy(steps),
+                "human": torch.from_numpy(human),
+            },
+            steps=taken,
+            fps=float(self.task.envs.get_attr("fps")[0]),
+            noise=noise,
+        )
+
+    def _enter(self, record: EpisodeRecord) -> None:
+        """Learn from an episode. No return reaches across a change of hands."""
+        numbers = self.replay.observe(record.inputs)
+        for name, rows in record.extras.items():
+            self.replay.attach(numbers[: len(rows)], {name: rows})
+        steps, human = record.decisions["steps"].numpy(), record.decisions["human"].numpy()
+        reward = self.sac.chunk_reward(record.decisions["rewards"].numpy(), steps)
+        windows = NStepWindows(self.sac.n_step, 1, self.replay.add)
+        own: list[Decision] = []
+        for i in range(len(record)):
+            if i and human[i] != human[i - 1]:
+                windows.truncated(0, int(numbers[i]))
+            else:
+                windows.observed(np.array([0]), numbers[i : i + 1])
+            over = record.terminated and i == len(record) - 1
+            discount = 0.0 if over else self.sac.gamma ** int(steps[i])
+            decision = Decision(int(numbers[i]), record.decisions["latent"][i], float(reward[i]), discount)
+            if not human[i] or self.keeper.learns_from_actions:
+                windows.push(0, decision)
+            own += [] if human[i] else [decision]
+        windows.terminated(0) if record.terminated else windows.truncated(0, int(numbers[-1]))
+        self._count(record, own if not human.any() else [])
+
+    def _count(self, record: EpisodeRecord, own: list[Decision]) -> None:
+        self.episodes = record.number + 1
+        self.env_steps += record.env_steps
+        self.decisions += len(record)
+        self.human_steps += int(record.steps["human"].sum())
+        self.recent.append(record.success and not record.decisions["human"].any())
+        if own:
+            self.finished.append(Finished.of(own))
+
+
+def _ended(result: ChunkResult, final: ChunkResult) -> ChunkResult:
+    """The last decision with steps, ended as the one after it says, which may have had none."""
+    for name in ("terminated", "truncated", "success", "ending", "observations"):
+        setattr(result, name, getattr(final, name))
+    return result
+
+
+def _cat(parts: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    return {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
+
+
+def _align(parts: list[Extras]) -> Extras:
+    """Extras of every decision, zeros where one has none."""
+    example = next((part for part in parts if part), {})
+    return _cat([part or {k: torch.zeros_like(v) for k, v in example.items()} for part in parts]) if example else {}

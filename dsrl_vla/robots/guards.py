@@ -1,0 +1,79 @@
+"""The last thing before the motors: limits of every action, and of how far it may go in one step.
+
+They stand behind base, head and person alike. They are no certificate of safety: keep the robot's own limits on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from typing import Any
+
+import numpy as np
+
+from ..errors import bad
+
+
+@dataclass(frozen=True)
+class GuardsConfig:
+    """By name of an action feature, or a pattern such as ``"*.pos"``; the first that fits counts. Robot's units."""
+
+    limits: dict = field(default_factory=dict)
+    """name -> [low, high]. Every action needs one."""
+    max_step: dict = field(default_factory=dict)
+    """name -> greatest change in one step, from the measured position where the robot measures it, else from the
+    last command. Every measured action needs one."""
+    rest: dict = field(default_factory=dict)
+    """name -> the command that means standing still, for actions the robot does not measure (velocities)."""
+
+
+def _find(table: Mapping[str, Any], name: str) -> Any:
+    return next((value for pattern, value in table.items() if fnmatchcase(name, pattern)), None)
+
+
+class Guards:
+    """Guards over the action vector of one robot.
+
+    Args:
+        names: of the action features, in order.
+        measured: those among them whose present value the robot observes.
+
+    Raises:
+        DsrlError: an action without limits, without a greatest step, or without a way to stand still.
+    """
+
+    def __init__(self, config: GuardsConfig, names: Sequence[str], measured: Sequence[str]):
+        self.names = list(names)
+        self.measured = np.array([name in measured for name in names], dtype=bool)
+        self.low, self.high, self.most, self.rest = np.zeros((4, len(names)))
+        for i, name in enumerate(names):
+            pair = _find(config.limits, name)
+            if not isinstance(pair, list | tuple) or len(pair) != 2 or not pair[0] < pair[1]:
+                raise bad("guards.limits", f"[low, high] with low < high for the action '{name}'", pair)
+            most, rest = _find(config.max_step, name), _find(config.rest, name)
+            if self.measured[i] and most is None:
+                raise bad("guards.max_step", f"the greatest step of the action '{name}'", "none")
+            if most is not None and not most > 0:
+                raise bad(f"guards.max_step of '{name}'", "a positive number", most)
+            if not self.measured[i] and rest is None:
+                raise bad("guards.rest", f"what stands still for '{name}', which the robot does not measure", "none")
+            self.low[i], self.high[i] = pair
+            self.most[i] = np.inf if most is None else most
+            self.rest[i] = 0.0 if rest is None else rest
+
+    def still(self, present: np.ndarray) -> np.ndarray:
+        """The action (A,) that stands still; `present` (A,) is what is measured, NaN where nothing is."""
+        return np.where(self.measured, present, self.rest)
+
+    def __call__(self, action: np.ndarray, before: np.ndarray) -> np.ndarray:
+        """The action (A,) within limits and no further than a step from `before` (A,).
+
+        Raises:
+            DsrlError: an action that is not a finite number.
+        """
+        if not np.isfinite(action).all():
+            name = self.names[int(np.flatnonzero(~np.isfinite(action))[0])]
+            raise bad(f"action '{name}'", "a finite number", "NaN or infinity", "The robot was told to stand still.")
+        bounded = np.clip(action, self.low, self.high)
+        return np.clip(bounded, before - self.most, before + self.most)

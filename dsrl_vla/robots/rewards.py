@@ -1,0 +1,94 @@
+"""What a step on a robot is worth: by the operator's keys, by a function, by a reward model of LeRobot's."""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+
+from ..errors import bad, missing_extra
+from ..observation import IMAGE_PREFIX, PROMPT, STATE
+
+
+class Reward(abc.ABC):
+    """Judges every step. The operator's word goes before it."""
+
+    range: tuple[float, float] = (-1.0, 0.0)
+    """Least and greatest reward of a step."""
+
+    @abc.abstractmethod
+    def __call__(self, observation: Mapping[str, Any], action: np.ndarray) -> tuple[float, bool]:
+        """Reward of the action (A,) that led to `observation`, and whether the task is done by it."""
+
+
+class ByKey(Reward):
+    """-1 a step until the operator says success, which gives 0."""
+
+    def __call__(self, observation: Mapping[str, Any], action: np.ndarray) -> tuple[float, bool]:
+        return -1.0, False
+
+
+class ByFunction(Reward):
+    """A function of (observation, action) that returns the reward, or reward and success.
+
+    Raises:
+        DsrlError: it returned something else, or a reward outside of its range.
+    """
+
+    def __init__(self, function: Callable[..., Any], reward_range: tuple[float, float] = (-1.0, 0.0)):
+        self.function, self.range = function, reward_range
+
+    def __call__(self, observation: Mapping[str, Any], action: np.ndarray) -> tuple[float, bool]:
+        found = self.function(observation, action)
+        reward, success = found if isinstance(found, tuple) else (found, False)
+        if not self.range[0] <= float(reward) <= self.range[1]:
+            raise bad("reward", f"a number within reward_range {list(self.range)}", reward)
+        return float(reward), bool(success)
+
+
+class ByRewardModel(Reward):
+    """A LeRobot reward model: 0 and success where it gives `threshold` or more, else -1.
+
+    Args:
+        model: has ``compute_reward(batch) -> (B,)``; images float (B, 3, H, W) in [0, 1].
+        preprocess: LeRobot's pipeline for it.
+    """
+
+    def __init__(self, model: Any, preprocess: Callable[[dict], dict], threshold: float = 0.5):
+        self.model, self.preprocess, self.threshold = model, preprocess, threshold
+
+    def __call__(self, observation: Mapping[str, Any], action: np.ndarray) -> tuple[float, bool]:
+        import torch
+
+        batch: dict[str, Any] = {
+            name: torch.as_tensor(value).permute(2, 0, 1).float().unsqueeze(0) / 255
+            for name, value in observation.items()
+            if name.startswith(IMAGE_PREFIX)
+        }
+        batch |= {STATE: torch.as_tensor(observation[STATE]).unsqueeze(0), PROMPT: [observation[PROMPT]]}
+        batch["action"] = torch.as_tensor(action).unsqueeze(0)
+        with torch.no_grad():
+            success = float(self.model.compute_reward(self.preprocess(batch))) >= self.threshold
+        return (0.0 if success else -1.0), success
+
+
+def load_reward_model(source: str, threshold: float) -> ByRewardModel:
+    """Load a reward model from a folder or a Hub repository.
+
+    Raises:
+        MissingExtraError: `lerobot` is not installed. DsrlError: it cannot be loaded.
+    """
+    try:
+        from lerobot.configs.rewards import RewardModelConfig
+        from lerobot.rewards.factory import get_reward_model_class, make_reward_pre_post_processors
+    except ImportError as error:
+        raise missing_extra("lerobot", "lerobot", "a reward model of LeRobot's") from error
+    try:
+        config = RewardModelConfig.from_pretrained(source)
+        model = get_reward_model_class(config.type).from_pretrained(source, config=config)
+        preprocess, _ = make_reward_pre_post_processors(config)
+    except Exception as error:
+        raise bad("reward", "a LeRobot reward model", f"'{source}' ({error})") from error
+    return ByRewardModel(model, preprocess, threshold)

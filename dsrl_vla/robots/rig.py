@@ -1,0 +1,112 @@
+"""One connected robot, with a person's teleoperator beside it: dictionaries of named joints to vectors and back."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from ..errors import bad
+from ..observation import IMAGE_PREFIX, STATE
+from .guards import Guards, GuardsConfig
+
+log = logging.getLogger(__name__)
+
+
+def _numbers(features: Mapping[str, Any]) -> list[str]:
+    """Names of the plain numbers among features, in the robot's order."""
+    return [name for name, kind in features.items() if kind is float or kind == "float"]
+
+
+class Rig:
+    """A robot (LeRobot's `Robot`, or whatever has its methods), connected; guards before everything it is sent.
+
+    Args:
+        cameras: robot's name -> name in the observation; by default all, under their own names.
+        dry_run: send nothing.
+
+    Raises:
+        DsrlError: the teleoperator's actions are not the robot's; an unknown camera; guards that leave a gap.
+    """
+
+    def __init__(
+        self,
+        robot: Any,
+        guards: GuardsConfig,
+        teleop: Any = None,
+        cameras: Mapping[str, str] | None = None,
+        dry_run: bool = False,
+    ):
+        self.robot, self.teleop, self.dry_run = robot, teleop, dry_run
+        self.state = _numbers(robot.observation_features)
+        self.actions = _numbers(robot.action_features)
+        pictures = {k: tuple(v) for k, v in robot.observation_features.items() if not isinstance(v, type | str)}
+        colour = {name: shape for name, shape in pictures.items() if len(shape) == 3 and shape[2] == 3}
+        self.cameras = dict(cameras) if cameras else {name: name for name in colour}
+        for name in self.cameras:
+            if name not in colour:
+                raise bad("cameras", f"one of the robot's: {', '.join(colour) or 'it has none'}", f"'{name}'")
+        self.shapes = {mine: colour[theirs] for theirs, mine in self.cameras.items()}
+        self.guards = Guards(guards, self.actions, self.state)
+        if teleop is not None and set(_numbers(teleop.action_features)) != set(self.actions):
+            theirs = ", ".join(_numbers(teleop.action_features))
+            raise bad("teleop", f"the robot's actions ({', '.join(self.actions)})", theirs)
+        self.clipped = self.sent = 0
+        self._last = self.guards.rest.copy()
+        self.seen: dict[str, Any] = {}
+        for part in (robot, teleop):
+            if part is not None and not part.is_connected:
+                part.connect()
+
+    def observe(self) -> dict[str, np.ndarray]:
+        """Read the robot: ``observation.state`` float32 (S,) and its cameras, uint8 (H, W, 3)."""
+        self.seen = self.robot.get_observation()
+        found = {IMAGE_PREFIX + mine: np.asarray(self.seen[theirs]) for theirs, mine in self.cameras.items()}
+        return found | {STATE: np.array([self.seen[name] for name in self.state], dtype=np.float32)}
+
+    def present(self) -> np.ndarray:
+        """What the robot measures of each action feature (A,), as last observed; NaN where it measures nothing."""
+        return np.array([self.seen.get(name, np.nan) for name in self.actions], dtype=np.float64)
+
+    def send(self, action: np.ndarray) -> np.ndarray:
+        """Send an action (A,) behind the guards; return what was really executed, float32 (A,).
+
+        Raises:
+            DsrlError: a number that is not finite; the robot has been stopped.
+        """
+        before = np.where(self.guards.measured, self.present(), self._last)
+        try:
+            safe = self.guards(np.asarray(action, dtype=np.float64), before)
+        except Exception:
+            self.hold()
+            raise
+        self.sent += 1
+        self.clipped += not np.allclose(safe, action, atol=1e-6)
+        return self._send(safe)
+
+    def hold(self) -> None:
+        """Stand still: go where it is, and no further."""
+        if not self.seen:
+            self.observe()
+        self._send(self.guards.still(self.present()))
+
+    def _send(self, action: np.ndarray) -> np.ndarray:
+        command = {name: float(value) for name, value in zip(self.actions, action, strict=True)}
+        done = command if self.dry_run else (self.robot.send_action(command) or command)
+        self._last = np.array([done.get(name, command[name]) for name in self.actions])
+        return self._last.astype(np.float32)
+
+    def persons_action(self) -> np.ndarray:
+        """What the person at the teleoperator wants, (A,)."""
+        wanted = self.teleop.get_action()
+        return np.array([wanted[name] for name in self.actions], dtype=np.float64)
+
+    def close(self) -> None:
+        """Stand still and disconnect; what fails in it is logged, for the robot may be why we stop."""
+        for what in (self.hold, self.robot.disconnect, *([self.teleop.disconnect] if self.teleop else [])):
+            try:
+                what()
+            except Exception as error:
+                log.warning("while disconnecting the robot: %s", error)

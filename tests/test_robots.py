@@ -1,0 +1,479 @@
+"""Robots as tasks: guards, pacing, operators, the loop, its journal. The robot is a simulated task's, for real."""
+
+import os
+import pty
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from dsrl_vla.errors import DsrlError
+from dsrl_vla.robots.config import read_robot_file
+from dsrl_vla.robots.connect import make
+from dsrl_vla.robots.guards import Guards, GuardsConfig
+from dsrl_vla.robots.operators import ScriptedOperator, TeleopOperator, Unattended
+from dsrl_vla.robots.pacing import Pacer
+from dsrl_vla.robots.rehearsal import TaskRobot, place
+from dsrl_vla.robots.rewards import ByFunction, ByKey
+from dsrl_vla.robots.rig import Rig
+from dsrl_vla.robots.task import RobotTask
+from dsrl_vla.robots.terminal import TerminalOperator
+from dsrl_vla.tasks.live import Ending
+
+FREE = GuardsConfig(limits={"a*": [-1.0, 1.0]}, rest={"a*": 0.0})
+
+
+class Time:
+    """A clock that passes only while somebody sleeps, or works."""
+
+    def __init__(self):
+        self.now = 0.0
+
+    def sleep(self, seconds):
+        self.now += seconds
+
+
+class Arm:
+    """Joints that go where they are told, as a position-controlled arm's do."""
+
+    observation_features = {"x.pos": float, "y.pos": float, "front": (4, 6, 3)}
+    action_features = {"x.pos": float, "y.pos": float}
+
+    def __init__(self):
+        self.at, self.is_connected, self.commands = {"x.pos": 0.0, "y.pos": 10.0}, False, []
+
+    def connect(self, calibrate=True):
+        self.is_connected = True
+
+    def get_observation(self):
+        return dict(self.at) | {"front": np.full((4, 6, 3), 7, np.uint8)}
+
+    def send_action(self, action):
+        self.commands.append(action)
+        self.at.update(action)
+        return action
+
+    def disconnect(self):
+        self.is_connected = False
+
+
+class Hand:
+    """A person at a teleoperator who always wants the same."""
+
+    is_connected = False
+    action_features = {"a0.vel": float, "a1.vel": float}
+
+    def connect(self):
+        self.is_connected = True
+
+    def disconnect(self): ...
+
+    def get_action(self):
+        return {"a1.vel": 0.5, "a0.vel": -0.25}
+
+
+def arm_guards(**more):
+    return GuardsConfig(**{"limits": {"*.pos": [-20, 20]}, "max_step": {"x.*": 5, "*": 1}} | more)
+
+
+def live(script=(), limit=10, fps=1000, teleop=True, reward=None, dry_run=False):
+    """A robot task over ``point:fork`` and its clock."""
+    time = Time()
+    rig = Rig(TaskRobot("point:fork"), FREE, Hand() if teleop else None, dry_run=dry_run)
+    lines = [dict(zip(("episode", "step", "say"), line, strict=True)) for line in script]
+    pacer = Pacer(fps, lambda: time.now, time.sleep)
+    task = RobotTask("robot:test", "go", limit, rig, ScriptedOperator(lines), reward or ByKey(), pacer, place)
+    return task, time
+
+
+def north(count=4):
+    return np.tile(np.array([0.0, 0.5], np.float32), (count, 1))
+
+
+def test_guards_stand_behind_limits_and_steps():
+    guards = Guards(arm_guards(), ["x.pos", "y.pos"], ["x.pos", "y.pos"])
+    before = np.array([18.0, 0.0])
+    assert np.allclose(guards(np.array([30.0, 9.0]), before), [20.0, 1.0])
+    assert np.allclose(guards(np.array([-30.0, -0.5]), before), [13.0, -0.5])
+    assert np.allclose(guards.still(before), before)
+    outside = np.array([40.0, 0.0])  # already beyond a limit: back towards it, a step at a time
+    assert np.allclose(guards(np.array([40.0, 0.0]), outside), [35.0, 0.0])
+
+
+@pytest.mark.parametrize(
+    ("config", "measured", "words"),
+    [
+        (arm_guards(limits={"x.pos": [-1, 1]}), True, r"guards\.limits.*'y\.pos', got None"),
+        (arm_guards(limits={"*": [1, 1]}), True, r"low < high"),
+        (arm_guards(max_step={"x.pos": 1}), True, r"guards\.max_step.*'y\.pos'"),
+        (arm_guards(max_step={"*": 0}), True, "a positive number, got 0"),
+        (arm_guards(), False, r"guards\.rest.*'x\.pos', which the robot does not measure"),
+    ],
+)
+def test_guards_with_a_gap_are_refused(config, measured, words):
+    names = ["x.pos", "y.pos"]
+    with pytest.raises(DsrlError, match=words):
+        Guards(config, names, names if measured else [])
+
+
+def test_a_rig_guards_stops_and_reports_what_was_executed():
+    arm = Arm()
+    rig = Rig(arm, arm_guards(), cameras={"front": "base"})
+    seen = rig.observe()
+    assert arm.is_connected and seen["observation.state"].tolist() == [0.0, 10.0]
+    assert seen["observation.images.base"].shape == rig.shapes["base"] == (4, 6, 3)
+    assert rig.send(np.array([100.0, 10.5])).tolist() == [5.0, 10.5] and rig.clipped == 1
+    rig.observe()
+    with pytest.raises(DsrlError, match=r"action 'y\.pos': expected a finite number"):
+        rig.send(np.array([0.0, np.nan]))
+    assert arm.commands[-1] == {"x.pos": 5.0, "y.pos": 10.5}  # it stands where it is
+    rig.close()
+    assert not arm.is_connected
+    with pytest.raises(DsrlError, match="cameras: expected one of the robot's: front, got 'side'"):
+        Rig(Arm(), arm_guards(), cameras={"side": "base"})
+    with pytest.raises(DsrlError, match=r"teleop: expected the robot's actions \(x\.pos, y\.pos\), got a0\.vel, a1\.vel"):
+        Rig(Arm(), arm_guards(), teleop=Hand())
+
+
+def test_a_dry_run_sends_nothing():
+    arm = Arm()
+    rig = Rig(arm, arm_guards(), dry_run=True)
+    rig.observe()
+    assert rig.send(np.array([100.0, 10.0])).tolist() == [5.0, 10.0]
+    rig.hold()
+    assert arm.commands == []
+
+
+def test_steps_keep_their_rate_and_late_ones_are_counted():
+    time = Time()
+    pacer = Pacer(10, lambda: time.now, time.sleep)
+    pacer.start()
+    for _ in range(3):
+        time.now += 0.04  # work within the period
+        pacer.wait()
+    assert time.now == pytest.approx(0.3) and pacer.late == 0
+    time.now += 0.25
+    pacer.wait()
+    assert pacer.late == 1
+    pacer.wait()
+    assert time.now == pytest.approx(0.65)  # timed from the late one, no rush to catch up
+    time.now += 1.0  # the base thinks
+    pacer.start()
+    pacer.wait()
+    assert pacer.report() == {"ticks": 6, "late": 1, "pauses": 1, "mean_pause_s": 1.0, "longest_pause_s": 1.0}
+    with pytest.raises(DsrlError, match="fps: expected a positive rate, got 0"):
+        Pacer(0)
+
+
+def test_keys_at_a_terminal():
+    master, slave = pty.openpty()
+    with os.fdopen(slave, "r") as stream:
+        operator = TerminalOperator(stream)
+        assert operator.hear().ending is None
+        os.write(master, b"xt")
+        assert operator.hear().human
+        os.write(master, b"r")
+        said = operator.hear()
+        assert said.ending is Ending.REDO and said.human
+        os.write(master, b"s\n")
+        assert operator.hear().ending is Ending.SUCCESS
+        os.write(master, b"zz\n")
+        read = operator._keys  # what was typed before the question does not answer it
+        answers = iter(["zz\n", "", "\n"])
+        operator._keys = lambda wait=0.0: next(answers)
+        operator.ready("ready?")
+        operator._keys = read
+        assert not operator.human
+        operator.close()
+    os.close(master)
+
+
+def test_without_a_terminal_the_way_out_is_named(tmp_path):
+    with (tmp_path / "no-terminal").open("w+") as stream, pytest.raises(DsrlError, match="operator: none"):
+        TerminalOperator(stream)
+
+
+def test_words_from_a_teleoperators_buttons():
+    class Pad(Hand):
+        events = {}
+
+        def get_teleop_events(self):
+            return self.events
+
+    pad = Pad()
+    operator = TeleopOperator(pad, Unattended())
+    for events, ending in (
+        ({"success": True, "terminate_episode": True}, Ending.SUCCESS),
+        ({"terminate_episode": True}, Ending.FAILURE),
+        ({"rerecord_episode": True, "terminate_episode": True}, Ending.REDO),
+        ({"is_intervention": True}, None),
+    ):
+        pad.events = events
+        said = operator.hear()
+        assert said.ending is ending and said.human is ("is_intervention" in events)
+    with pytest.raises(DsrlError, match="get_teleop_events"):
+        TeleopOperator(Hand(), Unattended())
+
+
+def test_a_scripts_words_are_checked():
+    with pytest.raises(DsrlError, match="success, failure, cut, discard, redo, take-over"):
+        ScriptedOperator([{"episode": 0, "step": 1, "say": "sucess"}])
+
+
+def test_a_chunk_ends_where_the_hands_change():
+    task, _ = live([(0, 2, "take-over"), (0, 6, "take-over")], limit=40)
+    env = task.chunked(4)
+    env.reset(seed=0)
+    _, _, _, _, info = env.step(north())
+    assert (info["steps"], info["human"]) == (2, False) and env.human
+    assert np.allclose(info["executed"], north())  # the last action is held beyond the steps
+    _, _, _, _, info = env.step(np.full((4, 2), np.nan, np.float32))
+    assert (info["steps"], info["human"]) == (3, True)
+    assert np.allclose(info["executed"], [-0.25, 0.5]) and not env.human
+    _, _, _, _, info = env.step(np.full((4, 2), np.nan, np.float32))
+    assert info["steps"] == 0  # nobody chose: neither a person nor the policy
+    assert env.taken()["human"].tolist() == [False] * 2 + [True] * 3
+    assert np.allclose(env.taken()["action"][2:], [-0.25, 0.5])
+
+
+@pytest.mark.parametrize(("word", "reward"), [("success", 0.0), ("failure", -7.0), ("cut", -1.0), ("redo", -1.0)])
+def test_an_episode_ends_by_the_operators_word(word, reward):
+    task, _ = live([(0, 4, word)])  # heard before the chunk and after each of its steps
+    env = task.chunked(6)
+    env.reset(seed=0)
+    _, _, terminated, truncated, info = env.step(north(6))
+    assert info["steps"] == 4 and info["rewards"][3] == reward and info["ending"] == word
+    assert terminated is (word in ("success", "failure")) and truncated is not terminated
+    assert info["success"] is (word == "success")
+    assert task.rig.robot.sent == 5  # four actions, and to stand still
+
+
+def test_what_is_said_while_the_base_thinks_judges_the_step_before():
+    task, _ = live([(0, 3, "success")])
+    env = task.chunked(2)
+    env.reset(seed=0)
+    assert env.step(north(2))[4]["rewards"].tolist() == [-1, -1]
+    _, _, terminated, _, info = env.step(north(2))
+    assert terminated and info["steps"] == 0 and info["rewards"][0] == 0.0
+    assert task.taken()["reward"].tolist() == [-1, 0] and task.taken()["success"].tolist() == [False, True]
+
+
+def test_taking_over_without_a_teleoperator_is_said_and_ignored(caplog):
+    task, _ = live([(0, 0, "take-over")], teleop=False)
+    env = task.chunked(2)
+    env.reset(seed=0)
+    assert env.step(north(2))[4]["human"] is False
+    assert "no teleoperator" in caplog.text
+
+
+def test_rewards_by_function():
+    def near(observation, action):
+        gone = float(observation["observation.state"][1])
+        return min(0.0, gone - 1.0), gone > 0.09
+
+    task, _ = live(reward=ByFunction(near))
+    env = task.chunked(4)
+    env.reset(seed=0)
+    _, _, terminated, _, info = env.step(north(4))
+    assert terminated and info["steps"] == 2 and info["success"]
+    assert info["rewards"][:2] == pytest.approx([-0.95, -0.9])
+    with pytest.raises(DsrlError, match=r"reward: expected a number within reward_range \[-1.0, 0.0\], got 3"):
+        ByFunction(lambda o, a: 3)({}, north(1))
+
+
+def test_an_evaluation_plays_void_episodes_again_and_credits_no_person(fork_base, tmp_path, monkeypatch):
+    from dsrl_vla.rollout import TaskConfig, VectorTask, run_episodes
+    from dsrl_vla.sources import PriorNoise
+
+    script = [(0, 3, "redo"), (1, 5, "success"), (2, 2, "take-over"), (2, 6, "success"), (3, 1, "discard")]
+    path = write_file(tmp_path, script)
+    with VectorTask(TaskConfig(f"robot:{path}", 12, num_envs=1), 4) as task:
+        done = run_episodes(fork_base, task, PriorNoise(fork_base.spec.noise), [5, 6, 7])
+    assert [(e.seed, e.success) for e in done] == [(5, True), (6, False), (7, False)]
+    assert done[0].steps == 4 and done[2].steps == 12
+
+
+def write_file(folder, script=(), **more):
+    tree = {
+        "robot": {"factory": "dsrl_vla.robots.rehearsal:TaskRobot", "uri": "point:fork"},
+        "prompt": "go",
+        "fps": 2000,
+        "operator": "none",
+        "teleop": {"factory": f"{__name__}:Hand"},
+        "reset": "dsrl_vla.robots.rehearsal:place",
+        "guards": {"limits": {"a*": [-1, 1]}, "rest": {"a*": 0.0}},
+        "script": [dict(zip(("episode", "step", "say"), line, strict=True)) for line in script],
+    }
+    sys.modules.setdefault(__name__, sys.modules[Hand.__module__])
+    path = Path(folder) / "robot.yaml"
+    path.write_text(yaml.safe_dump(tree | more))
+    return path
+
+
+def test_two_tasks_share_one_connection(tmp_path):
+    path = write_file(tmp_path, [(99, 0, "cut")])
+    one, two = make(str(path)), make(str(path))
+    robot = one.rig.robot
+    assert one.rig is two.rig and robot.is_connected
+    one.close()
+    assert robot.is_connected
+    two.close()
+    assert not robot.is_connected
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        ({"fsp": 30}, "unknown recipe key 'fsp'. Did you mean 'fps'"),
+        ({"robot": {"factory": "nowhere:Robot"}}, "robot.factory: expected an importable"),
+        ({"operator": "nobody"}, "operator: expected terminal, teleop, none or"),
+        ({"reward_range": [0]}, r"reward_range: expected \[least, greatest\]"),
+        ({"imports": ["no_such_module"]}, "imports: expected modules that can be imported"),
+        ({"guards": {"limits": {}}}, "guards.limits: expected"),
+    ],
+)
+def test_a_wrong_file_is_refused_in_words(tmp_path, more, words):
+    with pytest.raises(DsrlError, match=words):
+        make(str(write_file(tmp_path, **more)))
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(DsrlError, match="the path of a robot's YAML file, got"):
+        read_robot_file(tmp_path / "none.yaml")
+    (tmp_path / "half.yaml").write_text("prompt: go")
+    with pytest.raises(DsrlError, match="expected a key 'robot', got prompt"):
+        read_robot_file(tmp_path / "half.yaml")
+
+
+def collector(base, tmp_path, script, algorithm="na", n_step=2, limit=12, **more):
+    """An episode collector on a scripted robot."""
+    from dsrl_vla.critic import CriticConfig
+    from dsrl_vla.head import HeadConfig, SteeringHead
+    from dsrl_vla.latent_sac import SACConfig
+    from dsrl_vla.learners import build_learner
+    from dsrl_vla.live_collect import make_collector
+    from dsrl_vla.networks import NetworkConfig
+    from dsrl_vla.noise import NoiseLayout
+    from dsrl_vla.noise_aliasing import NAConfig
+    from dsrl_vla.replay import Replay
+    from dsrl_vla.rollout import TaskConfig, VectorTask
+
+    torch.manual_seed(0)
+    small = NetworkConfig(width=16, layers=1)
+    head = SteeringHead(HeadConfig.for_base(base.spec, NoiseLayout(base.spec.noise, "repeat", 1.5, "live"), small))
+    sac = SACConfig(n_step=n_step, gamma=0.9, reward_offset=0.0)
+    learner = build_learner(algorithm, base, head, CriticConfig(network=small), sac, NAConfig(), (-10, 0), 0)
+    path = write_file(tmp_path, script, **more)
+    task = VectorTask(TaskConfig(f"robot:{path}", limit, num_envs=1), base.spec.executed_steps)
+    replay = Replay(500, head.layout.latent_shape)
+    made = make_collector(base, head, task, replay, tmp_path / "run", sac=sac, first_seed=100, keeper=learner.keeper())
+    return made, replay
+
+
+def test_a_take_over_enters_replay_without_noise_and_no_return_reaches_across(fork_base, tmp_path):
+    made, replay = collector(fork_base, tmp_path, [(0, 6, "take-over"), (0, 20, "take-over")])
+    with made.task:
+        made.step(warm_up=False)
+    record = made.journal.read(0)
+    human = record.decisions["human"]
+    # heard before each chunk and after each step: 4 steps, 1 step, then a person until the limit
+    assert record.decisions["steps"].tolist() == [4, 1, 4, 3] and human.tolist() == [False, False, True, True]
+    assert record.decisions["latent"][human].abs().sum() == 0 and record.noise[human].isnan().all()
+    assert np.allclose(record.steps["action"][5:], [-0.25, 0.5])
+    assert torch.allclose(record.extras["action"][2], torch.tensor([-0.25, 0.5]))
+    index = replay.index[: len(replay)].tolist()
+    assert index == [[0, 2], [1, 2], [2, 4], [3, 4]]
+    assert replay.discount[: len(replay)].tolist() == pytest.approx([0.9**5, 0.9, 0.9**7, 0.9**3])
+    assert replay.reward[0] == pytest.approx(-sum(0.9**i for i in range(5)))
+    bank = replay.extras["bank_latent"][2]
+    assert (bank.abs().sum((1, 2)) > 0).all()  # the base was asked what it could have done there
+
+
+def test_sac_learns_from_the_policys_part_alone(fork_base, tmp_path):
+    made, replay = collector(fork_base, tmp_path, [(0, 6, "take-over")], algorithm="sac")
+    with made.task:
+        made.step(warm_up=True)
+    assert replay.index[: len(replay)].tolist() == [[0, 2], [1, 2]]
+    assert made.human_steps == 7 and made.journal.numbers() == [0]
+
+
+def test_void_episodes_do_not_count(fork_base, tmp_path):
+    made, replay = collector(fork_base, tmp_path, [(0, 3, "redo"), (1, 0, "cut"), (2, 3, "discard"), (3, 4, "cut")])
+    with made.task:
+        made.step(warm_up=True)  # 1 was cut before its first step: there is nothing of it
+    assert made.void == 3 and made.journal.numbers() == [1] and made.env_steps == 4
+    record = made.journal.read(1)
+    assert record.ending == "cut" and not record.terminated and len(record.inputs["state"]) == len(record) + 1
+    assert made.episodes == 2
+
+
+def test_the_journal_restores_what_no_checkpoint_knows(fork_base, tmp_path):
+    made, replay = collector(fork_base, tmp_path, [(1, 5, "success"), (2, 3, "take-over")])
+    with made.task:
+        for _ in range(3):
+            made.step(warm_up=True)
+    again, restored = collector(fork_base, tmp_path, [])
+    with again.task:
+        assert again.restore() == 3
+    for name, tensor in replay.tensors().items():
+        assert torch.equal(restored.tensors()[name], tensor), name
+    counts = ("episodes", "env_steps", "decisions", "human_steps")
+    assert [getattr(made, n) for n in counts] == [getattr(again, n) for n in counts]
+    assert list(again.recent) == [False, True, False]
+
+
+def test_a_journal_that_the_disk_has_changed_is_refused(fork_base, tmp_path):
+    made, _ = collector(fork_base, tmp_path, [])
+    with made.task:
+        made.step(warm_up=True)
+    path = next(made.journal.folder.glob("*.safetensors"))
+    data = bytearray(path.read_bytes())
+    data[-5] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(DsrlError, match="by its sha256"):
+        made.journal.read(0)
+    path.write_bytes(data[:100])
+    with pytest.raises(DsrlError, match="an episode of a journal"):
+        made.journal.read(0)
+
+
+def test_images_of_a_journal_are_lossless(tmp_path):
+    from dsrl_vla.journal import EpisodeRecord, Journal
+
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (3, 8, 10, 3), dtype=np.uint8)
+    steps = {"observation.images.front": images, "human": np.zeros(3, bool)}
+    decisions = {"steps": torch.tensor([3])}
+    record = EpisodeRecord(0, 3, 0, "go", "", False, False, {"state": torch.zeros(2, 4)}, {}, decisions, steps)
+    journal = Journal(tmp_path)
+    journal.append(record)
+    assert np.array_equal(journal.read(0).steps["observation.images.front"], images)
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [({"dry_run": True}, "dry_run: expected false, to train on a robot")],
+)
+def test_training_on_a_dry_run_is_refused(fork_base, tmp_path, more, words):
+    with pytest.raises(DsrlError, match=words):
+        collector(fork_base, tmp_path, [(9, 9, "cut")], **more)
+
+
+def test_a_killed_run_loses_nothing(tmp_path, monkeypatch):
+    """The benchmark's run, in short: through the command line, killed before its first checkpoint, and resumed."""
+    import importlib.util
+
+    folder = Path(__file__).parent.parent / "benchmarks"
+    spec = importlib.util.spec_from_file_location("robot_loop", folder / "robot_loop.py")
+    robot_loop = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(robot_loop)
+    script = [
+        {"episode": 1, "step": 4, "say": "take-over"},
+        {"episode": 3, "step": 4, "say": "redo"},
+        {"episode": 4, "step": 5, "say": "cut"},
+    ]
+    found = robot_loop.rehearse(tmp_path, 6, 2, 200, script)
+    assert found["episodes"] == 6 and found["unchanged_after_resume"] == found["journalled_when_killed"] == 2
+    assert found["take_overs"] == 1 and found["endings"]["cut"] == 1 and found["finished_episodes_lost"] == 0

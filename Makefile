@@ -6,7 +6,7 @@ TORCH ?= torch>=2.7
 # LeRobot's tests need Python 3.12 or newer and an environment of their own: make lerobot-env LEROBOT_PYTHON=python3.13
 LEROBOT_PYTHON ?= python3.12
 LEROBOT_VENV ?= .venv-lerobot
-LEROBOT_TESTS := tests/test_lerobot_*.py tests/test_adapter_battery.py -k lerobot
+LEROBOT_PLUGIN := -e adapters/lerobot_policy_dsrl
 VENV ?= .venv
 BIN := $(VENV)/bin
 OPENPI_VENV ?= .venv-openpi
@@ -51,12 +51,13 @@ $(LEROBOT_VENV)/ready: setup.cfg pyproject.toml
 	  { echo "dsrl-vla: LeRobot needs Python 3.12 or newer. Set LEROBOT_PYTHON=<one>; 'uv python find 3.12' may know."; exit 2; }
 	$(LEROBOT_PYTHON) -m venv $(LEROBOT_VENV)
 	$(LEROBOT_VENV)/bin/python -m pip install --quiet --upgrade pip uv
-	$(LEROBOT_VENV)/bin/uv pip install --quiet --python $(LEROBOT_VENV)/bin/python -e ".[lerobot-dev]" || \
-	  $(LEROBOT_VENV)/bin/python -m pip install --quiet -e ".[lerobot-dev]"
+	$(LEROBOT_VENV)/bin/uv pip install --quiet --python $(LEROBOT_VENV)/bin/python -e ".[lerobot-dev]" $(LEROBOT_PLUGIN) || \
+	  $(LEROBOT_VENV)/bin/python -m pip install --quiet -e ".[lerobot-dev]" $(LEROBOT_PLUGIN)
 	touch $@
 
 test-lerobot: $(LEROBOT_VENV)/ready
-	$(LEROBOT_VENV)/bin/python -m pytest $(LEROBOT_TESTS)
+	$(LEROBOT_VENV)/bin/python -m pytest -n $(JOBS) --disable-warnings tests/test_lerobot_*.py tests/test_robots.py tests/test_offline.py
+	$(LEROBOT_VENV)/bin/python -m pytest --disable-warnings tests/test_adapter_battery.py -k lerobot
 
 lint: $(VENV)/ready
 	$(BIN)/ruff check --config .ci/ruff.toml .

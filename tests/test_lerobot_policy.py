@@ -86,7 +86,9 @@ def ours(policy, episodes, steps=12):
     import gym_pusht  # noqa: F401
     import gymnasium as gym
 
-    env = gym.make("gym_pusht/PushT-v0", obs_type="pixels_agent_pos", disable_env_checker=True, max_episode_steps=steps)
+    env = gym.make(
+        "gym_pusht/PushT-v0", obs_type="pixels_agent_pos", disable_env_checker=True, max_episode_steps=steps
+    )
     found = []
     for seed in episodes:
         seen, _ = env.reset(seed=seed)

@@ -133,7 +133,9 @@ def test_a_rig_guards_stops_and_reports_what_was_executed():
     assert not arm.is_connected
     with pytest.raises(DsrlError, match="cameras: expected one of the robot's: front, got 'side'"):
         Rig(Arm(), arm_guards(), cameras={"side": "base"})
-    with pytest.raises(DsrlError, match=r"teleop: expected the robot's actions \(x\.pos, y\.pos\), got a0\.vel, a1\.vel"):
+    with pytest.raises(
+        DsrlError, match=r"teleop: expected the robot's actions \(x\.pos, y\.pos\), got a0\.vel, a1\.vel"
+    ):
         Rig(Arm(), arm_guards(), teleop=Hand())
 
 

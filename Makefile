@@ -14,7 +14,7 @@ OPENPI_BIN := $(OPENPI_VENV)/bin
 OUT ?= runs/demo
 JOBS ?= auto
 
-.PHONY: demo test lint bench-metaworld lerobot-env test-lerobot openpi-env test-openpi clean
+.PHONY: demo test lint bench bench-metaworld lerobot-env test-lerobot openpi-env test-openpi clean
 .DEFAULT_GOAL := help
 
 help:
@@ -23,6 +23,7 @@ help:
 	@echo "make lerobot-env   set up $(LEROBOT_VENV) with LeRobot (Python 3.12 or newer, about 6 GB)"
 	@echo "make lint   ruff and mypy"
 	@echo "make openpi-env   an environment with openpi, in $(OPENPI_VENV) (2 GB)"
+	@echo "make bench  measure speed and memory against their goals (about an hour)"
 	@echo "make bench-metaworld   the README's table again (about two hours on two cores)"
 
 $(VENV)/ready: setup.cfg pyproject.toml
@@ -63,6 +64,18 @@ lint: $(VENV)/ready
 	$(BIN)/ruff check --config .ci/ruff.toml .
 	$(BIN)/ruff format --config .ci/ruff.toml --check .
 	$(BIN)/mypy
+
+# Each prints its figures against their goals and writes its JSON; a goal that is missed does not stop the others.
+# LEROBOT=<a python 3.12 with lerobot> adds the comparison with LeRobot's replay buffer.
+bench: $(VENV)/ready
+	-$(BIN)/python benchmarks/bench_learner.py
+	-$(BIN)/python benchmarks/update_cost.py
+	-$(BIN)/python benchmarks/bench_prefix.py
+	-$(BIN)/python benchmarks/bench_replay.py $(if $(LEROBOT),--lerobot $(LEROBOT))
+	-$(BIN)/python benchmarks/bench_import.py
+	-$(BIN)/python benchmarks/bench_memory.py
+	-$(BIN)/python benchmarks/bench_demo.py
+	$(BIN)/python benchmarks/report.py
 
 bench-metaworld: $(VENV)/ready
 	$(BIN)/python benchmarks/steer_metaworld.py

@@ -2,8 +2,9 @@
 
     python benchmarks/bench_learner.py [--rounds 15]
 
-Equal widths, batch and ensemble; each update draws its own minibatch from its own replay. SB3 runs its `train` on its
-own networks; ours is the MLP kind, whose layers have a LayerNorm that SB3's lack. Writes results/learner.json.
+Equal widths, batch and ensemble; each update draws its own minibatch from its own replay. SB3 runs its own `train`.
+Ours is the MLP kind, whose layers have a LayerNorm that SB3's lack: SB3 is measured as it comes, and with the same
+LayerNorms put into its networks. Writes results/learner.json.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import gymnasium as gym
 import numpy as np
@@ -24,6 +26,7 @@ from dsrl_vla.networks import NetworkConfig
 from dsrl_vla.noise import NoiseLayout, NoiseSpace
 from dsrl_vla.recipe import load_recipe
 from dsrl_vla.replay import Replay
+from torch import nn
 
 STORED, AHEAD = 5000, 10
 
@@ -58,13 +61,35 @@ class Still(gym.Env):
         self.action_space = gym.spaces.Box(-1, 1, (size.action,), np.float32)
 
 
-def theirs(size: Size) -> Callable[[], object]:
-    """SB3's SAC on random transitions: `updates` updates per call."""
+def put_norms(model: Any) -> None:
+    """A LayerNorm before every ReLU of SB3's networks, as ours have them, and new optimisers."""
+
+    def normed(net: nn.Sequential) -> nn.Sequential:
+        layers: list[nn.Module] = []
+        for layer in net:
+            if isinstance(layer, nn.ReLU):
+                layers.append(nn.LayerNorm(layers[-1].out_features))  # type: ignore[arg-type]
+            layers.append(layer)
+        return nn.Sequential(*layers)
+
+    model.actor.latent_pi = normed(model.actor.latent_pi)
+    for critic in (model.critic, model.critic_target):
+        critic.q_networks = [normed(net) for net in critic.q_networks]
+        for number, net in enumerate(critic.q_networks):
+            setattr(critic, f"qf{number}", net)
+    for trained in (model.actor, model.critic):
+        trained.optimizer = torch.optim.Adam(trained.parameters(), 3e-4)
+
+
+def theirs(size: Size, norms: bool) -> Callable[[], object]:
+    """SB3's SAC on random transitions: AHEAD updates per call."""
     from stable_baselines3 import SAC
     from stable_baselines3.common.logger import Logger
 
     policy = {"net_arch": [size.width] * size.hidden, "n_critics": size.critics}
     model = SAC("MlpPolicy", Still(size), policy_kwargs=policy, buffer_size=STORED, device="cpu", seed=0)
+    if norms:
+        put_norms(model)
     model.set_logger(Logger(folder=None, output_formats=[]))
     rng = np.random.default_rng(0)
     for _ in range(STORED):
@@ -115,11 +140,14 @@ def against_sb3(rounds: int) -> tuple[dict, list[Goal]]:
     found, goals = {}, []
     for (name, size), goal in zip(SIZES.items(), (1.5, 1.6), strict=True):
         mlp = NetworkConfig("mlp", width=size.width, layers=size.hidden - 1)
-        times = side_by_side({"ours": ours(size, mlp)[1], "sb3": theirs(size)}, rounds)
-        ratio = interval(times["sb3"] / times["ours"])
-        rates = {key: interval(AHEAD / value) for key, value in times.items()}
-        found[name] = {"size": vars(size), "updates_per_second": rates, "ratio": ratio}
-        goals.append(Goal(f"updates/s over SB3's SAC, {name}", ratio["median"], goal))
+        sides = {"ours": ours(size, mlp)[1], "sb3": theirs(size, False), "sb3 with norms": theirs(size, True)}
+        times = side_by_side(sides, rounds)
+        ratios = {side: interval(times[side] / times["ours"]) for side in ("sb3", "sb3 with norms")}
+        rates = {side: interval(AHEAD / value) for side, value in times.items()}
+        found[name] = {"size": vars(size), "updates_per_second": rates, "ratio": ratios}
+        for side, ratio in ratios.items():
+            title = side.replace("sb3", "SB3's SAC").replace("with norms", "with our LayerNorms")
+            goals.append(Goal(f"updates/s over {title}, {name}", ratio["median"], goal))
     return found, goals
 
 

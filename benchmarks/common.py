@@ -74,7 +74,7 @@ def finish(name: str, goals: list[Goal], **found: Any) -> int:
     machine = {"processor": platform.machine(), "threads": torch.get_num_threads(), "torch": torch.__version__}
     result = {"machine": machine, **found, "goals": [goal.to_json() for goal in goals]}
     RESULTS.mkdir(exist_ok=True)
-    (RESULTS / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
+    (RESULTS / f"{name}.json").write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n")
     for goal in goals:
         print(goal)
     return int(not all(goal.met for goal in goals))

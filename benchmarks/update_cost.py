@@ -9,16 +9,14 @@ interval over rounds.
 
 from __future__ import annotations
 
-import json
 import sys
-import time
-from dataclasses import dataclass, field, replace
-from pathlib import Path
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
 import tyro
+from common import Goal, finish, interval, side_by_side
 
 
 @dataclass(frozen=True)
@@ -31,7 +29,6 @@ class Args:
     rounds: int = 30
     updates: int = 20
     """Updates per round and algorithm."""
-    out: Path = field(default=Path(__file__).parent / "results" / "update_cost.json")
 
 
 def prepare(task: str, kind: str, algorithm: str) -> Any:
@@ -61,40 +58,22 @@ def prepare(task: str, kind: str, algorithm: str) -> Any:
     return lambda: learner.update(replay.sample(recipe.sac.batch, rng))
 
 
-def interval(values: np.ndarray) -> dict[str, Any]:
-    """Median and its bootstrap interval."""
-    draws = np.random.default_rng(0).integers(0, len(values), (5000, len(values)))
-    low, high = np.quantile(np.median(values[draws], 1), (0.025, 0.975))
-    return {"median": round(float(np.median(values)), 3), "ci95": [round(float(low), 3), round(float(high), 3)]}
-
-
 def main() -> int:
     args = tyro.cli(Args, description=__doc__)
     torch.set_num_threads(1)
     updates = {name: prepare(args.task, args.kind, name) for name in ("sac", "na", "na-exact")}
-    times: dict[str, list[float]] = {name: [] for name in updates}
-    for number in range(args.rounds + 1):  # the first one warms up
-        for name, update in updates.items():
-            start = time.perf_counter()
-            for _ in range(args.updates):
-                update()
-            if number:
-                times[name].append(1000 * (time.perf_counter() - start) / args.updates)
-    found = {name: np.array(values) for name, values in times.items()}
-    result = {
-        "task": args.task,
-        "network": args.kind,
-        "rounds": args.rounds,
-        "updates_per_round": args.updates,
-        "torch": torch.__version__,
-        "threads": 1,
-        "ms_per_update": {name: interval(values) for name, values in found.items()},
-        "ratio_to_sac": {name: interval(found[name] / found["sac"]) for name in ("na", "na-exact")},
-    }
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps(result, indent=1) + "\n")
-    print(json.dumps(result, indent=1))
-    return 0
+    times = side_by_side(updates, args.rounds, args.updates)
+    ratios = {name: interval(times[name] / times["sac"]) for name in ("na", "na-exact")}
+    return finish(
+        "update_cost",
+        [Goal("update of NA's bank over SAC's", ratios["na"]["median"], 1.5, at_least=False)],
+        task=args.task,
+        network=args.kind,
+        rounds=args.rounds,
+        updates_per_round=args.updates,
+        ms_per_update={name: interval(1000 * values) for name, values in times.items()},
+        ratio_to_sac=ratios,
+    )
 
 
 if __name__ == "__main__":

@@ -199,16 +199,23 @@ class LatentSAC:
         return state | {"log_alpha": self.log_alpha.detach(), "generator": self.generator.get_state()}
 
     def load_tensors(self, state: dict[str, torch.Tensor], updates: int) -> None:
-        """Undo `tensors`."""
+        """Undo `tensors`.
+
+        Raises:
+            DsrlError: a version wrote it whose optimisers were others.
+        """
+        slots: dict[str, dict[str, Any]] = {name: {} for name in self.optimizers}
+        for key, value in state.items():
+            if key.startswith("optimizer."):
+                _, name, _, slot = key.split(".")
+                if name not in slots:
+                    what, to_do = f"an optimiser '{name}'", "Finish the run with the version that began it."
+                    raise bad("checkpoint", f"optimisers of {', '.join(slots)}", what, to_do)
+                slots[name][slot] = value
+        for name, optimizer in self.optimizers.items():
+            optimizer.load_state_dict(optimizer.state_dict() | {"state": {0: slots[name]} if slots[name] else {}})
         for name, module in self.modules.items():
             module.load_state_dict({k[len(name) + 1 :]: v for k, v in state.items() if k.startswith(f"{name}.")})
-        for name, optimizer in self.optimizers.items():
-            slots: dict[int, dict[str, Any]] = {}
-            for key, value in state.items():
-                if key.startswith(f"optimizer.{name}."):
-                    _, _, index, slot = key.split(".")
-                    slots.setdefault(int(index), {})[slot] = value
-            optimizer.load_state_dict(optimizer.state_dict() | {"state": slots})
         with torch.no_grad():
             self.log_alpha.copy_(state["log_alpha"])
         self.generator.set_state(state["generator"])

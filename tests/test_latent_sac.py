@@ -134,3 +134,9 @@ def test_a_critic_needs_members_and_a_known_reduction():
         CriticConfig(members=0)
     with pytest.raises(DsrlError, match=r"critic.reduction: expected min or mean, got 'max'"):
         CriticConfig(reduction="max")
+
+
+def test_a_checkpoint_of_other_optimisers_is_refused():
+    state = learner().tensors() | {"optimizer.actor.0.step": torch.tensor(1.0)}
+    with pytest.raises(DsrlError, match="checkpoint: expected optimisers of alpha, head, critic, got an optimiser 'ac"):
+        learner().load_tensors(state, 1)

@@ -5,7 +5,7 @@ else as it is: 18 and 27 layers, two cameras of 256 tokens, a prompt of 48, chun
 with the square of its width, so vision, prefix and action expert stand to each other as in π0, at about 1/64 of the
 cost, while the head is as large as it would be for π0: its share here is an upper bound of its share there.
 
-Rounds of decisions without and with a head alternate, so that whatever else the machine does hits both. Writes
+Decisions without and with a head alternate, so that whatever else the machine does hits both. Writes
 benchmarks/results/head_latency.json: per decision the CPU milliseconds of either, what the head adds by that
 comparison, and its time inside the decision, which a comparison of seconds is too coarse to show.
 """
@@ -32,7 +32,7 @@ class Args:
     """How much to measure."""
 
     rounds: int = 21
-    nano_decisions: int = 10
+    nano_decisions: int = 20
     """Per round and policy."""
     pi0_decisions: int = 1
     out: Path = field(default=Path(__file__).parent / "results" / "head_latency.json")
@@ -92,12 +92,11 @@ def example(base: Any) -> dict[str, Any]:
     return seen
 
 
-def cpu_ms(work: Callable[[], Any], times: int) -> float:
-    """CPU milliseconds of one call."""
+def cpu_ms(work: Callable[[], Any]) -> float:
+    """CPU milliseconds of a call."""
     start = time.process_time()
-    for _ in range(times):
-        work()
-    return 1000 * (time.process_time() - start) / times
+    work()
+    return 1000 * (time.process_time() - start)
 
 
 def spread(values: np.ndarray) -> dict[str, Any]:
@@ -129,21 +128,19 @@ def measure(base: Any, decisions: int, rounds: int) -> dict[str, Any]:
     head, seen = make_head(base.spec, "repeat"), example(base)
     policy, batch = SteeredPolicy(base, head), unsqueeze(seen)
     encoding, inside = base.encode(batch), time_noise(policy)
-    works: dict[str, tuple[Callable[[], Any], int]] = {
-        "unsteered": (lambda: base.act(seen, seed=0), decisions),
-        "steered": (lambda: policy.act(seen), decisions),
-        "head_alone": (lambda: head.noise(batch, encoding, None), 20),
-    }
-    found: dict[str, list[float]] = {name: [] for name in (*works, "head_in_the_decision")}
+    works = {"unsteered": lambda: base.act(seen, seed=0), "steered": lambda: policy.act(seen)}
+    found: dict[str, list[float]] = {name: [] for name in (*works, "head_alone", "head_in_the_decision")}
     for number in range(rounds + 1):  # the first one warms up
-        for name in list(works)[:: 1 if number % 2 else -1]:
-            work, times = works[name]
-            inside.clear()
-            value = cpu_ms(work, times)
+        inside.clear()
+        taken: dict[str, list[float]] = {name: [] for name in works}
+        for turn in range(decisions):  # turn and turn about, so that a burst of other work hits both
+            for name in list(works)[:: 1 if turn % 2 else -1]:
+                taken[name].append(cpu_ms(works[name]))
+        taken["head_alone"] = [cpu_ms(lambda: head.noise(batch, encoding, None)) for _ in range(20)]
+        taken["head_in_the_decision"] = inside
+        for name, values in taken.items():
             if number:
-                found[name].append(value)
-            if number and name == "steered":
-                found["head_in_the_decision"].append(float(np.median(inside)))
+                found[name].append(float(np.median(values)))
     times_ms = {name: np.array(values) for name, values in found.items()}
     return {
         "noise_shape": list(base.spec.noise.shape),
@@ -174,8 +171,7 @@ def head_for_pi0(rounds: int) -> dict[str, Any]:
         inputs = {"state": torch.randn(1, 8), "feature": torch.randn(1, 2048)}
         work = lambda head=head, inputs=inputs: head.layout.expand(head.latent(inputs, None))
         with torch.no_grad():
-            cpu_ms(work, 20)
-            values = np.array([cpu_ms(work, 20) for _ in range(rounds)])
+            values = np.array([cpu_ms(work) for _ in range(20 * (rounds + 1))][20:])
         found[layout] = {"parameters": sum(p.numel() for p in head.parameters()), "cpu_ms": spread(values)}
     return found
 

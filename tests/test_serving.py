@@ -443,6 +443,19 @@ def test_the_command_serves_a_base_with_a_head_until_it_is_told_to_stop(fork_bas
         process.kill()
 
 
+def test_a_run_is_served_with_its_base_and_its_best_head(fork_base, fork_recipe, tmp_path):
+    from dsrl_vla import load_recipe
+    from dsrl_vla.cli.serving import ServeArgs, load
+
+    (tmp_path / "recipe.yaml").write_text(load_recipe(fork_recipe).to_yaml())
+    make_head(fork_base).save_pretrained(tmp_path / "best")
+    base, head = load(ServeArgs(str(tmp_path)))
+    assert base.sha256() == fork_base.sha256() and head.layout.bound == 1.0
+    make_head(fork_base, bound=0.5).save_pretrained(tmp_path / "other")
+    assert load(ServeArgs(str(tmp_path), head=str(tmp_path / "other")))[1].layout.bound == 0.5
+    assert load(ServeArgs(base.spec.uri))[1] is None
+
+
 @pytest.mark.parametrize(
     ("argv", "message"),
     [

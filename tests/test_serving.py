@@ -228,12 +228,42 @@ def test_clients_that_ask_together_share_a_prefix_pass(fork_base, served, observ
     for thread in threads:
         thread.join()
     assert server.service.counts["observations"] == clients
-    assert server.service.counts["prefix_passes"] <= 4
+    assert server.service.counts["prefix_passes"] <= 5
     policy = SteeredPolicy(fork_base, make_head(fork_base))
     for i, reply in enumerate(found):
         expected = policy.act(seen[i]) if i % 2 == 0 else fork_base.act(seen[i], seed=i)
         assert reply["dsrl/source"] == ("head" if i % 2 == 0 else "prior")
         assert np.allclose(reply["actions"], expected.numpy(), atol=1e-5)
+
+
+def test_batches_are_powers_of_two_all_of_them_warm(fork_base, observation):
+    from dsrl_vla.serving.requests import Encode, Infer
+    from dsrl_vla.serving.worker import Worker
+
+    sizes, blocked = [], threading.Event()
+
+    class Recording(FlowMLP):
+        def _encode(self, observations, batch):
+            sizes.append(batch)
+            if len(sizes) == 1:
+                blocked.wait(10)  # the queue fills up meanwhile
+            return super()._encode(observations, batch)
+
+    service = Service(Recording(fork_base.model))
+    worker, seen = Worker(service, max_batch=6), batch([observation(fork_base)])
+    one, whole = Infer(seen, None, 0), Encode(seen, 1)
+    futures = [worker.submit(one, Handles(1))]
+    while not sizes:
+        time.sleep(0.01)
+    futures += [worker.submit(request, Handles(1)) for request in [*[one] * 7, whole, one, one]]
+    blocked.set()
+    for future in futures:
+        future.result(10)
+    worker.close()
+    assert sizes == [1, 4, 2, 1, 1, 2]
+    sizes[:] = [0]
+    with PolicyServer(service, ServerConfig(port=0, max_batch=6)):
+        assert sizes[1:] == [1, 2, 4, 1]
 
 
 def test_one_clients_trouble_is_not_everybodys(fork_base, observation):

@@ -22,9 +22,7 @@ class Conditioned(Split):
     def refuse(self) -> None:
         super().refuse()
         if getattr(self.config, "objective", "diffusion") == "diffusion":
-            refuse_unsteerable(
-                f"policy '{self.config.type}'", {"noise_scheduler_type": self.config.noise_scheduler_type}
-            )
+            refuse_unsteerable(f"policy '{self.config.type}'", {"noise_scheduler_type": self.config.noise_scheduler_type})
 
     @property
     def noise(self) -> NoiseSpace:

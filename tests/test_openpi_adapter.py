@@ -15,19 +15,10 @@ from dsrl_vla.noise import NoiseLayout, generators
 from dsrl_vla.observation import batch, unsqueeze
 
 pytest.importorskip("openpi.policies.policy")
+parts = pytest.importorskip("openpi_parts")
 
-BASES = [f"openpi_{f}_{m}_{d}" for f in ("jax", "torch") for m in ("pi0", "pi05") for d in ("float32", "bfloat16")]
+BASES, as_openpi = parts.BASES, parts.as_openpi
 ONE_OF_EACH = ["openpi_jax_pi0_float32", "openpi_torch_pi05_float32"]
-
-
-def as_openpi(observation):
-    """The same observation, in the words of openpi's LIBERO example."""
-    return {
-        "observation/state": observation["observation.state"],
-        "observation/image": observation["observation.images.image"],
-        "observation/wrist_image": observation["observation.images.image2"],
-        "prompt": observation["task"],
-    }
 
 
 def infer(policy, observation, noise):
@@ -63,7 +54,7 @@ def test_both_images_prompt_and_state_change_the_action(name, openpi_zoo, observ
 
 @pytest.mark.parametrize("name", BASES)
 def test_the_spec_is_the_models_own(name, openpi_zoo):
-    spec, config = openpi_zoo.base(name).spec, openpi_zoo.config("pi05" in name)
+    spec, config = openpi_zoo.base(name).spec, parts.make_config("pi05" in name)
     assert spec.noise.shape == (config.action_horizon, config.action_dim) == (8, 32)
     assert (spec.action_dim, sum(spec.noise.live), spec.executed_steps) == (7, 7, 5)
     assert (spec.sampler_steps, spec.feature_dim) == (10, 64)
@@ -160,7 +151,7 @@ def test_at_full_size_the_compiled_parts_fit_together(pi05, tokens, openpi_zoo, 
 def test_the_policys_own_number_of_steps_is_taken(framework, openpi_zoo, observation):
     from dsrl_vla.adapters.openpi import OpenPi
 
-    policy = openpi_zoo.build(framework, False, "float32", sample_kwargs={"num_steps": 3})
+    policy = parts.make_policy(framework, False, "float32", sample_kwargs={"num_steps": 3})
     base = OpenPi(policy)
     seen, noise = observation(base), base.spec.noise.sample(generators([0]))
     assert base.spec.sampler_steps == 3
@@ -189,7 +180,7 @@ def test_the_transforms_are_told_with_their_settings(openpi_zoo):
         "PadStatesAndActions",
     ]  # fmt: skip
     normalise = next(settings for name, settings in told.items() if name.endswith(".Normalize"))
-    assert normalise["norm_stats"]["state"]["mean"] == openpi_zoo.statistics()["state"].mean.tolist()
+    assert normalise["norm_stats"]["state"]["mean"] == parts.make_statistics()["state"].mean.tolist()
     assert normalise["use_quantiles"] is False
 
 
@@ -230,8 +221,8 @@ def test_openpis_own_configs_of_other_robots_get_their_keys(config, example, wid
     from openpi.training.config import get_config
 
     data = get_config(config).data
-    policy = openpi_zoo.build(
-        "torch", "pi05" in config, "float32", data=data, statistics=openpi_zoo.statistics(*widths)
+    policy = parts.make_policy(
+        "torch", "pi05" in config, "float32", data=data, statistics=parts.make_statistics(*widths)
     )
     base = OpenPi(policy, config=config)
     images, state, theirs = example(np.random.default_rng(0))
@@ -301,7 +292,7 @@ def test_a_head_trains_on_a_policy_with_keys_of_its_own(openpi_zoo, tmp_path):
 
     group = transforms.Group(inputs=[PointInputs()], outputs=[PointOutputs()])
     data = SimpleDataConfig(repo_id="point", data_transforms=lambda _: group)
-    policy = openpi_zoo.build("torch", False, "float32", data=data, statistics=openpi_zoo.statistics(4, 2))
+    policy = parts.make_policy("torch", False, "float32", data=data, statistics=parts.make_statistics(4, 2))
     base = OpenPi(policy, keys=KeyMap(cameras={}, state={("point",): 4}, executed_steps=4), uri="openpi:point")
     recipe = load_recipe("demo", {
         "task": {"uri": "point:fork", "max_episode_steps": 16, "num_envs": 4},

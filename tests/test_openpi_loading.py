@@ -9,6 +9,7 @@ from dsrl_vla.noise import generators
 from dsrl_vla.observation import unsqueeze
 
 pytest.importorskip("openpi.policies.policy")
+parts = pytest.importorskip("openpi_parts")
 
 
 @pytest.fixture(scope="module")
@@ -17,7 +18,7 @@ def registered(openpi_zoo):
     from openpi.training import config as configs
 
     config = configs.TrainConfig(
-        name="tiny_libero", model=openpi_zoo.config(False), data=openpi_zoo.data(False),
+        name="tiny_libero", model=parts.make_config(False), data=parts.libero_data(False),
         assets_base_dir=str(openpi_zoo.folder / "assets"),
     )  # fmt: skip
     with pytest.MonkeyPatch.context() as patch:
@@ -31,8 +32,8 @@ def checkpoint(request, openpi_zoo):
     from openpi.shared import normalize
 
     folder = openpi_zoo.folder / f"checkpoint_{request.param}"
-    normalize.save(folder / "assets" / "libero", openpi_zoo.statistics())
-    model = openpi_zoo.model(request.param, openpi_zoo.config(False, "float32"))
+    normalize.save(folder / "assets" / "libero", parts.make_statistics())
+    model = parts.make_model(request.param, parts.make_config(False, "float32"))
     if request.param == "torch":
         from safetensors.torch import save_model
 
@@ -54,15 +55,7 @@ def test_a_checkpoint_loads_as_openpi_loads_it(checkpoint, registered, observati
     assert base.spec.uri == f"openpi:tiny_libero@{checkpoint}?executed_steps=4"
     seen, noise = observation(base), base.spec.noise.sample(generators([0]))
     policy = create_trained_policy(registered, checkpoint, pytorch_device="cpu")
-    theirs = policy.infer(
-        {
-            "observation/state": seen["observation.state"],
-            "observation/image": seen["observation.images.image"],
-            "observation/wrist_image": seen["observation.images.image2"],
-            "prompt": seen["task"],
-        },
-        noise=noise[0, 0].numpy(),
-    )["actions"]
+    theirs = policy.infer(parts.as_openpi(seen), noise=noise[0, 0].numpy())["actions"]
     ours = base.denoise(base.encode(unsqueeze(seen)), noise)[0, 0].numpy()
     assert np.array_equal(ours, theirs.astype(np.float32))
 

@@ -16,9 +16,12 @@ from dsrl_vla.head import HeadConfig
 from dsrl_vla.networks import NetworkConfig
 from dsrl_vla.noise import NoiseLayout, generators
 from dsrl_vla.observation import batch, unsqueeze
+from dsrl_vla.serving.server import PolicyServer, ServerConfig
+from dsrl_vla.serving.service import Service
+from dsrl_vla.serving.wrapping import SteerablePolicy
 
 pytest.importorskip("openpi.policies.policy")
-serving = pytest.importorskip("dsrl_vla.serving.server")
+as_openpi = pytest.importorskip("openpi_parts").as_openpi
 
 BASES = ["openpi_jax_pi0_float32", "openpi_torch_pi05_bfloat16"]
 
@@ -42,9 +45,7 @@ def head(base):
 
 @contextlib.contextmanager
 def ours(base, head=None):
-    from dsrl_vla.serving.service import Service
-
-    with serving.PolicyServer(Service(base, head), serving.ServerConfig(port=0)) as server:
+    with PolicyServer(Service(base, head), ServerConfig(port=0)) as server:
         yield server
 
 
@@ -81,15 +82,6 @@ def client(port):
     from openpi_client.websocket_client_policy import WebsocketClientPolicy
 
     return WebsocketClientPolicy("127.0.0.1", port)
-
-
-def as_openpi(observation):
-    return {
-        "observation/state": observation["observation.state"],
-        "observation/image": observation["observation.images.image"],
-        "observation/wrist_image": observation["observation.images.image2"],
-        "prompt": observation["task"],
-    }
 
 
 def steered(base, head, observation):
@@ -167,8 +159,6 @@ def test_our_client_steers_our_server_with_one_prefix_pass_a_decision(base, head
 
 
 def test_our_client_steers_openpis_server_through_a_wrapper(base, name, openpi_zoo, observation):
-    from dsrl_vla.serving.wrapping import SteerablePolicy
-
     policy, seen = openpi_zoo.policy(name), observation(base)
     translate = lambda one: base.keys.translate(unsqueeze(one), 1)[0]
     with theirs(SteerablePolicy(policy, base.spec, translate)) as port:

@@ -1,22 +1,23 @@
 """LeRobot, trained and evaluated for real: a miniature SmolVLA in LeRobot's format, steered on drawer-open.
 
-    python benchmarks/steer_lerobot.py [--seeds 0] [--base runs/nano-smolvla]      (Python 3.12)
+    python benchmarks/steer_lerobot.py [--seeds 0] [--base runs/nano-smolvla] [--workers 2]      (Python 3.12)
 
 Makes the base with `dsrl-vla pretrain nano-smolvla` unless it is there, steers it with the shipped recipe, measures
-base, controls and head on the same 100 held-out episodes, and writes benchmarks/results/lerobot.json.
+base, controls and head on the same 100 held-out episodes, and writes benchmarks/results/lerobot.json. What has been
+done is kept under runs/benchmark/ and not done again.
 """
 
 from __future__ import annotations
 
 import json
+import multiprocessing
 import sys
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 import tyro
-from steer_metaworld import OWN, SHARED, learning_curve
 
 ROOT = Path(__file__).parent
 RUNS = Path("runs/benchmark")
@@ -29,23 +30,66 @@ class Args:
     seeds: tuple[int, ...] = (0,)
     base: Path = Path("runs/nano-smolvla")
     """The base's folder; made when it is not there."""
+    workers: int = 2
     out: Path = field(default=ROOT / "results" / "lerobot.json")
 
 
-def run_seed(base: Path, seed: int) -> dict[str, Any]:
-    """Train and evaluate one head, unless that has been done; return the run's figures."""
+def recipe_for(base: Path, seed: int) -> Any:
+    """The shipped recipe on this base."""
     from dsrl_vla.recipe import load_recipe
+
+    changes = {"name": f"lerobot-drawer-open-{seed}", "base": {"uri": f"lerobot:{base}"}, "train": {"seed": seed}}
+    return load_recipe("lerobot-drawer-open", changes)
+
+
+def measured(base: Path) -> Path:
+    """Base and controls on the evaluation seeds, for all training seeds."""
+    import torch
+    from dsrl_vla import seeds as ranges
+    from dsrl_vla.evaluation import measure_base
+    from dsrl_vla.rollout import VectorTask
+
+    torch.set_num_threads(1)
+    path = RUNS / "lerobot-drawer-open-base.json"
+    if not path.exists():
+        recipe, episodes = recipe_for(base, 0), ranges.block(ranges.EVALUATION, 100)
+        policy = recipe.base.load()
+        with VectorTask(recipe.task, policy.spec.executed_steps) as task:
+            found = measure_base(policy, task, recipe.noise.over(policy.spec.noise), episodes, controls=True)
+        path.write_text(json.dumps({name: [asdict(e) for e in m.episodes] for name, m in found.items()}))
+    return path
+
+
+def trained(base: Path, seed: int) -> Path:
+    """A head: the best of its run."""
     from dsrl_vla.training import train
 
-    out = RUNS / f"lerobot-drawer-open-{seed}"
-    recipe = load_recipe(
-        "lerobot-drawer-open",
-        {"base": {"uri": f"lerobot:{base}"}, "train": {"seed": seed}, "eval": {"video_episodes": 0}},
-    )
-    recipe = replace(recipe, name=out.name)
-    if not (out / "eval.json").exists():
-        train(recipe, out, resume=(out / "recipe.yaml").exists())
-    return json.loads((out / "eval.json").read_text()) | learning_curve(out)
+    recipe = recipe_for(base, seed)
+    out = RUNS / recipe.name
+    if not (out / "finished").exists():
+        train(recipe, out, resume=(out / "recipe.yaml").exists(), evaluate_after=False)
+        (out / "finished").touch()
+    return out
+
+
+def evaluated(base: Path, seed: int) -> dict[str, Any]:
+    """The head beside what `measured` found, on the same episodes."""
+    import torch
+    from dsrl_vla import SteeringHead
+    from dsrl_vla.evaluation import Measure, evaluate
+    from dsrl_vla.rollout import Episode, VectorTask
+    from dsrl_vla.run_dir import Metrics
+
+    torch.set_num_threads(1)
+    recipe, out = recipe_for(base, seed), trained(base, seed)
+    raw = json.loads(measured(base).read_text())
+    known = {name: Measure(tuple(Episode(**e) for e in episodes)) for name, episodes in raw.items()}
+    policy = recipe.base.load()
+    with VectorTask(recipe.task, policy.spec.executed_steps) as task:
+        result = evaluate(policy, SteeringHead.from_pretrained(out / "best"), task, known=known)
+    rows = Metrics(out / "metrics.jsonl").rows()
+    curve = [[r["env_steps"], r["validation_success"]] for r in rows if "validation_success" in r]
+    return result | {"train_seed": seed, "env_steps": max(r.get("env_steps", 0) for r in rows), "validation": curve}
 
 
 def main() -> int:
@@ -54,17 +98,21 @@ def main() -> int:
 
     import lerobot
 
-    torch.set_num_threads(1)
     RUNS.mkdir(parents=True, exist_ok=True)
     if not (args.base / "config.json").exists():
         pretrain(load_pretrain_recipe("nano-smolvla"), args.base)
-    runs = [run_seed(args.base, seed) for seed in args.seeds]
-    results: dict[str, Any] = {key: runs[0][key] for key in SHARED}
-    results |= {"lerobot": lerobot.__version__, "base": runs[0]["base"]}
-    results["runs"] = [{key: run[key] for key in (*OWN, "steps_to_0.9", "validation")} for run in runs]
+    with multiprocessing.get_context("spawn").Pool(args.workers, maxtasksperchild=1) as pool:
+        training = pool.map_async(partial(trained, args.base), args.seeds, chunksize=1)
+        pool.apply(measured, (args.base,))
+        training.get()
+        runs = pool.map(partial(evaluated, args.base), args.seeds, chunksize=1)
+    results: dict[str, Any] = {key: runs[0][key] for key in ("task", "episodes", "seeds", "base", "controls")}
+    results["lerobot"] = lerobot.__version__
+    own = ("train_seed", "env_steps", "validation", "steered", "steered_stochastic", "difference")
+    results["runs"] = [{key: run[key] for key in own} for run in runs]
     args.out.write_text(json.dumps(results, indent=1) + "\n")
-    for run in results["runs"]:
-        print(f"seed {run['train_seed']}: {results['base']['success']:.2f} -> {run['steered']['success']:.2f}")
+    for run in runs:
+        print(f"seed {run['train_seed']}: {run['base']['success']:.2f} -> {run['steered']['success']:.2f}")
     return 0
 
 

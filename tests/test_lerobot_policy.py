@@ -86,7 +86,9 @@ def ours(policy, episodes, steps=12):
     import gym_pusht  # noqa: F401
     import gymnasium as gym
 
-    env = gym.make("gym_pusht/PushT-v0", obs_type="pixels_agent_pos", disable_env_checker=True, max_episode_steps=steps)
+    env = gym.make(
+        "gym_pusht/PushT-v0", obs_type="pixels_agent_pos", disable_env_checker=True, max_episode_steps=steps
+    )
     found = []
     for seed in episodes:
         seen, _ = env.reset(seed=seed)
@@ -230,6 +232,12 @@ def test_lerobot_rollout_drives_a_robot_with_it(fork_base, tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
 
 
+@pytest.fixture
+def elsewhere(tmp_path, monkeypatch):
+    """LeRobot's server writes logs into the working directory."""
+    monkeypatch.chdir(tmp_path)
+
+
 @pytest.fixture(scope="module")
 def served(steered, tmp_path_factory):
     """The same with its camera under a name that the async server passes on (``observation.images.…`` alone)."""
@@ -264,7 +272,7 @@ def expected_chunk(base, head, image):
     return SteeredPolicy(base, head).act(observation | {"task": "push"})
 
 
-def test_the_async_server_in_process(served, base, head):
+def test_the_async_server_in_process(served, base, head, elsewhere):
     from lerobot.async_inference.configs import PolicyServerConfig
     from lerobot.async_inference.policy_server import PolicyServer
     from lerobot_policy_dsrl.server import allow
@@ -279,7 +287,7 @@ def test_the_async_server_in_process(served, base, head):
     assert torch.allclose(actions, expected_chunk(base, head, image), atol=1e-4)
 
 
-def test_the_async_server_over_grpc(served, base, head):
+def test_the_async_server_over_grpc(served, base, head, elsewhere):
     import grpc
     from lerobot.transport import services_pb2, services_pb2_grpc
     from lerobot.transport.utils import send_bytes_in_chunks

@@ -133,7 +133,9 @@ def test_a_rig_guards_stops_and_reports_what_was_executed():
     assert not arm.is_connected
     with pytest.raises(DsrlError, match="cameras: expected one of the robot's: front, got 'side'"):
         Rig(Arm(), arm_guards(), cameras={"side": "base"})
-    with pytest.raises(DsrlError, match=r"teleop: expected the robot's actions \(x\.pos, y\.pos\), got a0\.vel, a1\.vel"):
+    with pytest.raises(
+        DsrlError, match=r"teleop: expected the robot's actions \(x\.pos, y\.pos\), got a0\.vel, a1\.vel"
+    ):
         Rig(Arm(), arm_guards(), teleop=Hand())
 
 
@@ -452,11 +454,23 @@ def test_images_of_a_journal_are_lossless(tmp_path):
     assert np.array_equal(journal.read(0).steps["observation.images.front"], images)
 
 
+def test_drive_rehearses_and_reports(fork_folder, tmp_path, capsys):
+    from dsrl_vla.cli import main
+
+    path = write_file(tmp_path, [(0, 5, "success")], dry_run=True)
+    more = ["--episodes", "2", "--max-episode-steps", "8"]
+    assert main(["drive", str(path), "--base", f"flow-mlp:{fork_folder}", *more]) == 0
+    said = capsys.readouterr().out
+    assert "success, 4 steps\nno success, 8 steps\n1 of 2 episodes succeeded" in said
+    assert "commands 12" in said and "late" in said
+    assert main(["drive", str(path)]) == 2
+
+
 @pytest.mark.parametrize(
     ("more", "words"),
     [({"dry_run": True}, "dry_run: expected false, to train on a robot")],
 )
-def test_training_on_a_dry_run_is_refused(fork_base, tmp_path, more, words):
+def test_training_as_it_cannot_be_is_refused(fork_base, tmp_path, more, words):
     with pytest.raises(DsrlError, match=words):
         collector(fork_base, tmp_path, [(9, 9, "cut")], **more)
 

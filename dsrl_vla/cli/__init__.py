@@ -1,5 +1,4 @@
-"""The command line: ``dsrl-vla preflight | train | eval | search | record | export | export-policy |
-pretrain | recipes | adapters``.
+"""The command line: ``dsrl-vla preflight | train | eval | search | record | drive | export | export-policy | …``.
 
 Every field of a recipe can be overridden: ``dsrl-vla train demo --train.seed 3 --noise.layout chunk``.
 """
@@ -11,6 +10,7 @@ import sys
 from collections.abc import Callable
 
 from ..errors import DsrlError, unknown
+from .driving import run_drive
 from .exporting import run_export, run_export_policy
 from .listing import list_adapters, list_recipes
 from .measuring import run_eval, run_preflight, run_record, run_search
@@ -53,6 +53,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "eval": run_eval,
     "search": run_search,
     "record": run_record,
+    "drive": run_drive,
     "export": run_export,
     "export-policy": run_export_policy,
     "pretrain": run_pretrain,

@@ -149,7 +149,9 @@ class DsrlPolicy(PreTrainedPolicy):
 
     def forward(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict | None]:
         """Raises: a head is trained by `dsrl-vla train`."""
-        raise DsrlError("policy 'dsrl': expected to be run, got trained on a dataset. Train heads by `dsrl-vla train`.")
+        raise DsrlError(
+            "policy 'dsrl': expected to be run, got trained on a dataset. Train heads by `dsrl-vla train`."
+        )
 
     def get_optim_params(self) -> Any:
         """The head's."""

@@ -66,8 +66,9 @@ def lerobot_eval(args: Args, policy: Path, steer: bool, out: Path) -> dict[str, 
 
 def main() -> int:
     args = tyro.cli(Args, description=__doc__)
-    import lerobot
     from dsrl_vla.cli import main as dsrl_vla
+
+    import lerobot
 
     with tempfile.TemporaryDirectory() as folder:
         policy = Path(folder) / "steered"

@@ -1,4 +1,4 @@
-"""Steered policies in LeRobot's own tools, unmodified: eval, rollout, the async server. The base is a tiny real SmolVLA."""
+"""Steered policies in LeRobot's own tools, unmodified: eval, rollout, the async server; on a tiny real SmolVLA."""
 
 import json
 import os

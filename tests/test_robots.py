@@ -466,13 +466,16 @@ def test_drive_rehearses_and_reports(fork_folder, tmp_path, capsys):
     assert main(["drive", str(path)]) == 2
 
 
-@pytest.mark.parametrize(
-    ("more", "words"),
-    [({"dry_run": True}, "dry_run: expected false, to train on a robot")],
-)
-def test_training_as_it_cannot_be_is_refused(fork_base, tmp_path, more, words):
-    with pytest.raises(DsrlError, match=words):
-        collector(fork_base, tmp_path, [(9, 9, "cut")], **more)
+def test_training_on_a_dry_run_is_refused(fork_base, tmp_path):
+    with pytest.raises(DsrlError, match="dry_run: expected false, to train on a robot"):
+        collector(fork_base, tmp_path, [(9, 9, "cut")], dry_run=True)
+
+
+def test_a_rate_that_is_not_kept_is_said(fork_base, tmp_path, caplog):
+    made, _ = collector(fork_base, tmp_path, [], fps=1e6)
+    with made.task:
+        made.step(warm_up=True)
+    assert "of 12 control steps came late. Lower fps" in caplog.text
 
 
 def test_a_killed_run_loses_nothing(tmp_path, monkeypatch):

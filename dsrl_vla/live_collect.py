@@ -6,6 +6,7 @@ while the scene is made ready, never between two actions of a robot.
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,9 @@ from .replay import Extras, Replay
 from .rollout import ChunkResult, VectorTask, episode_generators
 from .tasks.live import Ending
 from .watch import Finished
+
+log = logging.getLogger(__name__)
+_LATE_SHARE = 0.1
 
 
 def make_collector(
@@ -84,9 +88,12 @@ class EpisodeCollector(Collector):
     def _start(self) -> None:
         if self.task.config.num_envs != 1:
             raise bad("task.num_envs", "1 for a task with an operator", self.task.config.num_envs)
+        if self.task.config.vector != "sync":
+            raise bad("task.vector", "sync for a task with an operator", self.task.config.vector)
         if self.task.envs.get_attr("dry_run")[0]:
             raise bad("dry_run", "false, to train on a robot", "true", "`dsrl-vla drive` rehearses.")
         self.human_steps = self.void = 0
+        self._ticks = self._late = 0.0
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """Of finished episodes alone: one under way is played again."""
@@ -136,7 +143,18 @@ class EpisodeCollector(Collector):
             if result.done[0]:
                 if played.results:
                     played.results[-1] = _ended(played.results[-1], result)
+                self._check_rate()
                 return played
+
+    def _check_rate(self) -> None:
+        """Say it when an episode did not keep its control rate."""
+        report = self.task.envs.call("report")[0]
+        ticks, late = report.get("ticks", 0) - self._ticks, report.get("late", 0) - self._late
+        self._ticks, self._late = self._ticks + ticks, self._late + late
+        if late > _LATE_SHARE * ticks:
+            log.warning(
+                "%d of %d control steps came late. Lower fps, or look for what is slow (cameras, motors).", late, ticks
+            )
 
     def _nobody(self) -> np.ndarray:
         spec = self.base.spec

@@ -1,4 +1,4 @@
-"""Steered policies in LeRobot's own tools, unmodified: eval, rollout, the async server. The base is a tiny real SmolVLA."""
+"""Steered policies in LeRobot's own tools, unmodified: eval, rollout, the async server; on a tiny real SmolVLA."""
 
 import json
 import os
@@ -232,6 +232,12 @@ def test_lerobot_rollout_drives_a_robot_with_it(fork_base, tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
 
 
+@pytest.fixture
+def elsewhere(tmp_path, monkeypatch):
+    """LeRobot's server writes logs into the working directory."""
+    monkeypatch.chdir(tmp_path)
+
+
 @pytest.fixture(scope="module")
 def served(steered, tmp_path_factory):
     """The same with its camera under a name that the async server passes on (``observation.images.…`` alone)."""
@@ -266,7 +272,7 @@ def expected_chunk(base, head, image):
     return SteeredPolicy(base, head).act(observation | {"task": "push"})
 
 
-def test_the_async_server_in_process(served, base, head):
+def test_the_async_server_in_process(served, base, head, elsewhere):
     from lerobot.async_inference.configs import PolicyServerConfig
     from lerobot.async_inference.policy_server import PolicyServer
     from lerobot_policy_dsrl.server import allow
@@ -281,7 +287,7 @@ def test_the_async_server_in_process(served, base, head):
     assert torch.allclose(actions, expected_chunk(base, head, image), atol=1e-4)
 
 
-def test_the_async_server_over_grpc(served, base, head):
+def test_the_async_server_over_grpc(served, base, head, elsewhere):
     import grpc
     from lerobot.transport import services_pb2, services_pb2_grpc
     from lerobot.transport.utils import send_bytes_in_chunks

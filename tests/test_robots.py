@@ -454,13 +454,28 @@ def test_images_of_a_journal_are_lossless(tmp_path):
     assert np.array_equal(journal.read(0).steps["observation.images.front"], images)
 
 
-@pytest.mark.parametrize(
-    ("more", "words"),
-    [({"dry_run": True}, "dry_run: expected false, to train on a robot")],
-)
-def test_training_on_a_dry_run_is_refused(fork_base, tmp_path, more, words):
-    with pytest.raises(DsrlError, match=words):
-        collector(fork_base, tmp_path, [(9, 9, "cut")], **more)
+def test_drive_rehearses_and_reports(fork_folder, tmp_path, capsys):
+    from dsrl_vla.cli import main
+
+    path = write_file(tmp_path, [(0, 5, "success")], dry_run=True)
+    more = ["--episodes", "2", "--max-episode-steps", "8"]
+    assert main(["drive", str(path), "--base", f"flow-mlp:{fork_folder}", *more]) == 0
+    said = capsys.readouterr().out
+    assert "success, 4 steps\nno success, 8 steps\n1 of 2 episodes succeeded" in said
+    assert "commands 12" in said and "late" in said
+    assert main(["drive", str(path)]) == 2
+
+
+def test_training_on_a_dry_run_is_refused(fork_base, tmp_path):
+    with pytest.raises(DsrlError, match="dry_run: expected false, to train on a robot"):
+        collector(fork_base, tmp_path, [(9, 9, "cut")], dry_run=True)
+
+
+def test_a_rate_that_is_not_kept_is_said(fork_base, tmp_path, caplog):
+    made, _ = collector(fork_base, tmp_path, [], fps=1e6)
+    with made.task:
+        made.step(warm_up=True)
+    assert "of 12 control steps came late. Lower fps" in caplog.text
 
 
 def test_a_killed_run_loses_nothing(tmp_path, monkeypatch):

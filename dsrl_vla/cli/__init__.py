@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable
 
 from ..errors import DsrlError, unknown
+from .driving import run_drive
 from .exporting import run_export, run_export_policy
 from .listing import init_recipe, list_adapters, list_recipes
 from .measuring import run_eval, run_preflight, run_record, run_search
@@ -55,6 +56,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "serve": run_serve,
     "search": run_search,
     "record": run_record,
+    "drive": run_drive,
     "export": run_export,
     "export-policy": run_export_policy,
     "pretrain": run_pretrain,

@@ -121,6 +121,9 @@ class RobotTask(LiveTask):
     def observe(self) -> dict[str, np.ndarray]:
         return dict(self.now)
 
+    def report(self) -> dict[str, float]:
+        return self.pacer.report() | {"commands": self.rig.sent, "changed_by_guards": self.rig.clipped}
+
     def frame(self, size: int = 256) -> np.ndarray:
         from PIL import Image
 

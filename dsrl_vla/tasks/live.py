@@ -63,6 +63,10 @@ class LiveTask(TaskEnv):
     def taken(self) -> dict[str, np.ndarray]:
         """Every step of the episode since `begin`, as columns (T, …) of the offline format, and ``human``."""
 
+    def report(self) -> dict[str, float]:
+        """How well the rate was kept, and how often the guards had to act."""
+        return {}
+
     def chunked(self, chunk: int) -> ChunkEnv:
         return LiveChunkEnv(self, chunk)
 
@@ -112,6 +116,10 @@ class LiveChunkEnv(ChunkEnv):
     def taken(self) -> dict[str, np.ndarray]:
         """As `LiveTask.taken`."""
         return self.env.taken()
+
+    def report(self) -> dict[str, float]:
+        """As `LiveTask.report`."""
+        return self.env.report()
 
     @property
     def human(self) -> bool:

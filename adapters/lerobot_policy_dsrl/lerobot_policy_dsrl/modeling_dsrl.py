@@ -115,7 +115,7 @@ class DsrlPolicy(PreTrainedPolicy):
         """
         if any(kwargs.get(name) is not None for name in ("inference_delay", "prev_chunk_left_over")):
             raise DsrlError(
-                "policy 'dsrl': expected plain chunks, got real-time chunking, which overwrites the noise of the steps "
+                "policy 'dsrl': expected plain chunks, got real-time chunking, that overwrites the noise of the steps "
                 "that overlap with the last chunk. Run it with sync inference."
             )
         observations = self.observations(batch)

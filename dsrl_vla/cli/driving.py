@@ -1,0 +1,54 @@
+"""``drive``: a base or a head on a robot, to rehearse (``dry_run: true`` in the robot's file) or to be measured."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+
+
+@dataclass(frozen=True)
+class DriveArgs:
+    """Run a base, or a run's best head, on a robot; say how it went, and how well the control rate was kept."""
+
+    robot: tyro.conf.Positional[Path]
+    """The robot's YAML file; see dsrl_vla.robots.config."""
+    run: Path | None = None
+    """A run's directory: its base and its best head."""
+    base: str = ""
+    """URI of a base, to run it as it is."""
+    episodes: int = 1
+    max_episode_steps: int = 300
+    seed: int = 0
+
+
+def run_drive(argv: list[str]) -> int:
+    """Run a base or a head on a robot."""
+    args = tyro.cli(DriveArgs, prog="dsrl-vla drive", args=argv)
+    from .. import seeds
+    from ..bases import load_base
+    from ..errors import bad
+    from ..rollout import TaskConfig, VectorTask, run_episodes
+    from ..sources import HeadNoise, NoiseSource, PriorNoise
+    from ..training import load_run
+
+    if bool(args.run) == bool(args.base):
+        raise bad("drive", "either --run or --base", "both" if args.base else "neither")
+    if args.run:
+        recipe, head = load_run(args.run)
+        base = recipe.base.load()
+        head.check_base(base.spec)
+        source: NoiseSource = HeadNoise(head)
+    else:
+        base = load_base(args.base)
+        source = PriorNoise(base.spec.noise)
+    config = TaskConfig(f"robot:{args.robot}", args.max_episode_steps, num_envs=1)
+    with VectorTask(config, base.spec.executed_steps) as task:
+        base.check_task(task.info)
+        show = lambda e: print(f"{'success' if e.success else 'no success'}, {e.steps} steps", flush=True)
+        done = run_episodes(base, task, source, seeds.block(args.seed, args.episodes), on_episode=show)
+        report = task.envs.call("report")[0]
+    print(f"{sum(e.success for e in done)} of {len(done)} episodes succeeded")
+    print(", ".join(f"{name.replace('_', ' ')} {value:g}" for name, value in report.items()))
+    return 0

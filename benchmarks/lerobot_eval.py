@@ -66,9 +66,8 @@ def lerobot_eval(args: Args, policy: Path, steer: bool, out: Path) -> dict[str, 
 
 def main() -> int:
     args = tyro.cli(Args, description=__doc__)
-    from dsrl_vla.cli import main as dsrl_vla
-
     import lerobot
+    from dsrl_vla.cli import main as dsrl_vla
 
     with tempfile.TemporaryDirectory() as folder:
         policy = Path(folder) / "steered"

@@ -94,9 +94,8 @@ def evaluated(base: Path, seed: int) -> dict[str, Any]:
 
 def main() -> int:
     args = tyro.cli(Args, description=__doc__)
-    from dsrl_vla.pretraining import load_pretrain_recipe, pretrain
-
     import lerobot
+    from dsrl_vla.pretraining import load_pretrain_recipe, pretrain
 
     RUNS.mkdir(parents=True, exist_ok=True)
     if not (args.base / "config.json").exists():

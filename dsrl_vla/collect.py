@@ -37,6 +37,11 @@ class Collector:
     Owns the order of training episodes: episode i of a run has seed ``first_seed + i``.
     """
 
+    live = False
+    """Whether a robot moves while it collects: it is stopped at once."""
+    whole = False
+    """Whether an interrupt, now, leaves nothing half booked."""
+
     def __init__(
         self,
         base: FrozenPolicy,

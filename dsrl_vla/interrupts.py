@@ -13,8 +13,10 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 @contextlib.contextmanager
-def stop_requests() -> Iterator[threading.Event]:
+def stop_requests(at_once: bool = False) -> Iterator[threading.Event]:
     """Within this context the first signal sets the event; a second Ctrl-C interrupts at once.
+
+    With `at_once` so does the first: a robot is not to move until its episode is over.
 
     Outside the main thread, where Python takes no signals, the event is never set.
     """
@@ -24,7 +26,7 @@ def stop_requests() -> Iterator[threading.Event]:
         return
 
     def ask(number: int, _: object) -> None:
-        if asked.is_set() and number == signal.SIGINT:
+        if at_once or (asked.is_set() and number == signal.SIGINT):
             raise KeyboardInterrupt
         asked.set()
         log.warning("stopping after this decision; Ctrl-C again stops at once, without saving.")

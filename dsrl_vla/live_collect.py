@@ -81,6 +81,8 @@ class EpisodeCollector(Collector):
         DsrlError: more than one environment; a robot in dry run.
     """
 
+    live = True
+
     def __init__(self, *args: Any, journal: Journal, **kwargs: Any):
         self.journal = journal
         super().__init__(*args, **kwargs)
@@ -119,7 +121,9 @@ class EpisodeCollector(Collector):
     def step(self, warm_up: bool) -> None:
         """Play one episode that counts."""
         while True:
+            self.whole = True
             played = self._play(warm_up)
+            self.whole = False
             ending = played.results[-1].ending[0] if played.results else Ending.REDO
             if played.results and not played.results[-1].void[0]:
                 record = self._record(played)

@@ -14,7 +14,7 @@ import torch
 from .head import SteeringHead
 from .noise import NoiseLayout, NoiseSpace
 from .observation import Observations
-from .policy import Encoding
+from .policy import Encoding, SteeredPolicy
 
 
 class NoiseSource(abc.ABC):
@@ -78,3 +78,15 @@ class HeadNoise(NoiseSource):
 
     def __call__(self, observations, encoding, generators):
         return self.head.noise(observations, encoding, None if self.deterministic else generators)
+
+
+@dataclass(frozen=True)
+class SteeredNoise(NoiseSource):
+    """A steered policy's noise, with its fail-safe: where the head fails, the base decides, and it is counted."""
+
+    policy: SteeredPolicy
+    deterministic: bool = True
+
+    def __call__(self, observations, encoding, generators):
+        seeds = [int(torch.randint(2**31, (1,), generator=g)) for g in generators]
+        return self.policy.noise(observations, encoding, seeds, deterministic=self.deterministic)[0]

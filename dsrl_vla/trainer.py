@@ -19,14 +19,13 @@ from tqdm import tqdm
 
 from . import seeds as seed_ranges
 from .errors import DsrlError
-from .evaluation import Measure, evaluate, evaluation_episodes, measure
+from .evaluation import measure
 from .faults import Faults, LastGood, all_finite
 from .head import HeadConfig, SteeringHead
 from .interrupts import stop_requests
 from .learners import build_learner
 from .live_collect import make_collector
-from .noise_aliasing import NoiseAliasing
-from .noise_search import BestOfK, SearchConfig, Ticket, search_ticket
+from .noise_search import SearchConfig, Ticket, search_ticket
 from .offline import MixedReplay, OfflineLoader
 from .offline_sources import read_episodes
 from .policy import FrozenPolicy
@@ -34,7 +33,7 @@ from .recipe import Recipe
 from .replay import Replay
 from .resuming import pack, unpack
 from .rollout import VectorTask
-from .run_dir import Metrics, load_checkpoint, save_checkpoint, write_json
+from .run_dir import Metrics, load_checkpoint, save_checkpoint
 from .sources import HeadNoise
 from .tracking import Tracker
 from .watch import Watch, value_gap
@@ -102,11 +101,11 @@ class Trainer:
 
     def _warm_start(self) -> int:
         """Let the head start at the best constant noise; return the environment steps that finding it took."""
-        ticket = self._ticket()
+        ticket = self.ticket()
         self.head.start_at(torch.tensor(ticket.latent))
         return ticket.env_steps
 
-    def _ticket(self) -> Ticket:
+    def ticket(self) -> Ticket:
         """The best constant noise of this run's layout; searched once."""
         path, config = self.out / "ticket.json", SearchConfig(seed=self.recipe.train.seed)
         if not path.exists():
@@ -122,7 +121,7 @@ class Trainer:
         bar = tqdm(
             total=config.env_steps, initial=collector.env_steps, unit="step", desc=self.recipe.name, disable=None
         )
-        with Tracker(self.recipe, self.out) as tracker, stop_requests() as asked, bar:
+        with Tracker(self.recipe, self.out) as tracker, stop_requests(collector.live) as asked, bar:
             try:
                 self._learn_offline(tracker, asked)
                 while not self.done and not asked.is_set():
@@ -136,7 +135,9 @@ class Trainer:
                     shown = {"success": f"{collector.success:.2f}", "best": best, "updates/s": f"{rate:.0f}"}
                     bar.set_postfix(shown, refresh=False)
             except KeyboardInterrupt:
-                asked.set()  # at once: in the middle of a decision, which is not to be saved
+                asked.set()
+                if collector.whole:  # else in the middle of a decision, which is not to be saved
+                    self.checkpoint()
             else:
                 if not self.done:
                     self.checkpoint()
@@ -262,45 +263,6 @@ class Trainer:
             return self.best_now
         folder = self.out / "best"
         return SteeringHead.from_pretrained(folder) if folder.is_dir() else self.learner.average.eval()
-
-    def evaluate(self, head: SteeringHead, known: dict[str, Measure] | None) -> dict[str, Any]:
-        """The paired evaluation that ends a run; writes ``eval.json``."""
-        config = self.recipe.eval
-        total = evaluation_episodes(self.recipe.task, config.episodes, config.controls, len(known or ()))
-        with tqdm(total=total, unit="episode", desc="evaluation", disable=None) as bar:
-            tick = lambda _: bar.update()
-            result = evaluate(
-                self.base, head, self.held_out, config.episodes, config.controls, on_episode=tick, known=known
-            )
-        result |= self.baselines(head)
-        result |= {
-            "recipe": self.recipe.name,
-            "train_seed": self.recipe.train.seed,
-            "env_steps": self.collector.env_steps,
-            "validation_env_steps": self.validation_env_steps,
-            "updates": self.learner.updates,
-            "train_seconds": round(self.seconds, 1),
-            "warnings": self.watch.warnings,
-            "base_sha256_before": self.base_sha256,
-            "base_sha256_after": self.base.sha256(),
-        }
-        write_json(self.out / "eval.json", result)
-        return result
-
-    def baselines(self, head: SteeringHead) -> dict[str, Any]:
-        """``{"baselines": {name: measure}}`` of the noise searches that the recipe asks for."""
-        found: dict[str, Any] = {}
-        config = self.recipe.eval
-        seeds = seed_ranges.block(seed_ranges.EVALUATION, config.episodes)
-        if "ticket" in config.baselines:
-            ticket = self._ticket()
-            measured = measure(self.base, self.held_out, ticket.source(head.layout), seeds).to_json()
-            found["ticket"] = measured | {"search_env_steps": ticket.env_steps}
-        if "best-of-k" in config.baselines and isinstance(self.learner, NoiseAliasing):
-            critic = self.learner.load_action_critic(self.out / "best")
-            source = BestOfK(self.base, head, critic)
-            found["best-of-k"] = measure(self.base, self.held_out, source, seeds).to_json() | {"k": source.k}
-        return {"baselines": found} if found else {}
 
     def checkpoint(self) -> None:
         """Write all that is needed to go on, unless it is not sound. A disk that is full does not end the run."""

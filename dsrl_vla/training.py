@@ -13,6 +13,7 @@ import torch
 from tqdm import tqdm
 
 from . import seeds as seed_ranges
+from .closing import evaluate_run
 from .errors import bad
 from .evaluation import Measure
 from .head import SteeringHead
@@ -83,7 +84,7 @@ def train(
         result = None
         trainer.check_saved()
         if finished and evaluate_after:
-            result = trainer.evaluate(head, known)
+            result = evaluate_run(trainer, head, known)
             draw_run(out, recipe, base, head, trainer.metrics.rows(), result)
     return RunResult(head, result, out)
 

@@ -456,3 +456,16 @@ def test_lines_that_could_not_be_written_come_with_the_next(tmp_path, monkeypatc
     metrics.append({"env_steps": 4})
     assert [r["env_steps"] for r in metrics.rows()] == [1, 2, 4]
     shutil.rmtree(tmp_path / "m")
+
+
+def test_one_signal_finishes_the_decision_and_on_a_robot_stops_it():
+    from dsrl_vla.interrupts import stop_requests
+
+    with stop_requests() as asked:
+        signal.raise_signal(signal.SIGINT)
+        assert asked.is_set()
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        with stop_requests(at_once=True), pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(number)

@@ -29,8 +29,9 @@ def run_drive(argv: list[str]) -> int:
     from .. import seeds
     from ..bases import load_base
     from ..errors import bad
+    from ..policy import SteeredPolicy
     from ..rollout import TaskConfig, VectorTask, run_episodes
-    from ..sources import HeadNoise, NoiseSource, PriorNoise
+    from ..sources import NoiseSource, PriorNoise, SteeredNoise
     from ..training import load_run
 
     if bool(args.run) == bool(args.base):
@@ -38,11 +39,10 @@ def run_drive(argv: list[str]) -> int:
     if args.run:
         recipe, head = load_run(args.run)
         base = recipe.base.load()
-        head.check_base(base.spec)
-        source: NoiseSource = HeadNoise(head)
+        policy: SteeredPolicy | None = SteeredPolicy(base, head)
     else:
-        base = load_base(args.base)
-        source = PriorNoise(base.spec.noise)
+        base, policy = load_base(args.base), None
+    source: NoiseSource = SteeredNoise(policy) if policy else PriorNoise(base.spec.noise)
     config = TaskConfig(f"robot:{args.robot}", args.max_episode_steps, num_envs=1)
     with VectorTask(config, base.spec.executed_steps) as task:
         base.check_task(task.info)
@@ -50,5 +50,7 @@ def run_drive(argv: list[str]) -> int:
         done = run_episodes(base, task, source, seeds.block(args.seed, args.episodes), on_episode=show)
         report = task.envs.call("report")[0]
     print(f"{sum(e.success for e in done)} of {len(done)} episodes succeeded")
+    for kind, count in (policy.fallbacks if policy else {}).items():
+        print(f"the base decided alone {count} times: {kind}")
     print(", ".join(f"{name.replace('_', ' ')} {value:g}" for name, value in report.items()))
     return 0

@@ -7,6 +7,7 @@ from typing import Any
 
 from dsrl_vla import SteeringHead
 from dsrl_vla.errors import bad
+from dsrl_vla.pairing import check_pair
 from dsrl_vla.policy import FrozenPolicy
 from lerobot.configs import FeatureType, PolicyFeature
 
@@ -35,7 +36,7 @@ def write_policy(out: Path, head: SteeringHead, base: FrozenPolicy, dtype: str =
     Raises:
         DsrlError: the head is not for this base; `out` exists.
     """
-    head.check_base(base.spec)
+    check_pair(head.config, base)
     if out.exists():
         raise bad("--out", "a folder that does not exist yet", f"'{out}'")
     out.mkdir(parents=True)

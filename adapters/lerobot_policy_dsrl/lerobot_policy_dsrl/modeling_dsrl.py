@@ -15,8 +15,8 @@ from dsrl_vla import SteeringHead, load_base
 from dsrl_vla.errors import DsrlError, bad
 from dsrl_vla.noise import generators
 from dsrl_vla.observation import IMAGE_PREFIX, PROMPT, STATE, Observations
-from dsrl_vla.policy import FrozenPolicy
-from dsrl_vla.sources import HeadNoise, NoiseSource, PriorNoise
+from dsrl_vla.policy import FrozenPolicy, SteeredPolicy
+from dsrl_vla.sources import NoiseSource, PriorNoise, SteeredNoise
 from lerobot.configs import PreTrainedConfig
 from lerobot.policies.pretrained import PreTrainedPolicy
 from torch import Tensor
@@ -51,14 +51,14 @@ class DsrlPolicy(PreTrainedPolicy):
         if head is None:
             raise bad("policy 'dsrl'", "a saved one (--policy.path=DIR, from `dsrl-vla export-policy`)", "a new one")
         base = base or load_base(config.base, dtype=config.base_dtype, device=config.device)
-        head.check_base(base.spec)
+        policy = SteeredPolicy(base, head)
         if config.n_action_steps != base.spec.executed_steps:
             raise bad("policy.n_action_steps", f"{base.spec.executed_steps}, as in training", config.n_action_steps)
         self.head = head
         self.__dict__["base"] = base  # no submodule: neither saved nor moved with the head
         self.source: NoiseSource = PriorNoise(base.spec.noise)
         if config.steer:
-            self.source = HeadNoise(head, deterministic=not config.stochastic)
+            self.source = SteeredNoise(policy, deterministic=not config.stochastic)
         self._episodes = 0
         self.reset()
 

@@ -21,6 +21,7 @@ _WHERE = {
     "PolicySpec": "policy",
     "Encoding": "policy",
     "SteeredPolicy": "policy",
+    "FailSafe": "failsafe",
     "SteeringHead": "head",
     "HeadConfig": "head",
     "NoiseSpace": "noise",
@@ -39,6 +40,8 @@ _WHERE = {
     "NotSteerableError": "errors",
     "MissingExtraError": "errors",
     "UnknownNameError": "errors",
+    "MismatchError": "errors",
+    "BaseFailedError": "errors",
 }
 
 __all__ = ["__version__", *_WHERE]

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from .policy import Encoding
 
 log = logging.getLogger(__name__)
-_MARGIN = 1.5  # of the furthest deviation seen in training
+_MARGIN, _LEAST = 1.5, 5.0  # of the furthest deviation seen in training, which counts as 5 where it was less
 
 
 @dataclass(frozen=True)
@@ -38,8 +38,8 @@ class FailSafe:
     deadline_s: float | None = None
     """Seconds the head may take, its own part of a decision alone; None: any. The decision goes on at the deadline."""
     max_z: float | None = None
-    """Deviations from the training mean beyond which an observation is foreign. None: 1.5 times the furthest seen in
-    training, which new heads know of themselves; infinity: never."""
+    """Deviations from the training mean beyond which any column makes an observation foreign. None: 1.5 times the
+    furthest that column went in training (5 at least), which heads know of themselves; infinity: never."""
     latch_after: int = 10
     """Switch the head off once so many …"""
     window: int = 100
@@ -107,6 +107,7 @@ class Guard:
         """How often the base decided alone, by kind of reason."""
         self.latched = False
         self._worker: _Worker | None = None
+        self._allowed: dict[str, torch.Tensor] = {}
         self._recent: deque[bool] = deque(maxlen=config.window)
 
     def reset(self) -> None:
@@ -189,12 +190,26 @@ class Guard:
             raise _Late(f"{taken:.4f} s of {limit:g} s")
         return self.head.layout.expand(latent).unsqueeze(1), reasons
 
+    def _limits(self, name: str, like: torch.Tensor) -> torch.Tensor | None:
+        """Deviations that each column of an input may lie off; None: any."""
+        if self.config.max_z is not None:
+            return torch.full_like(like[0], self.config.max_z) if math.isfinite(self.config.max_z) else None
+        if name not in self.head.config.furthest:
+            return None
+        if name not in self._allowed:
+            furthest = torch.tensor(self.head.config.furthest[name])
+            self._allowed[name] = _MARGIN * furthest.clamp(min=_LEAST)
+        return self._allowed[name]
+
     def _foreign(self, inputs: HeadInputs) -> list[str]:
         """For each row, what is further from the training data than allowed."""
         reasons = [""] * len(next(iter(inputs.values())))
-        seen = dict(self.head.config.furthest)
         for name, z in self.head.eyes.normalise.deviations(inputs).items():
-            limit = self.config.max_z or (_MARGIN * max(seen[name], 5.0) if name in seen else math.inf)
-            for row in (~(z <= limit)).nonzero()[:, 0].tolist() if math.isfinite(limit) else ():
-                reasons[row] = f"foreign: the {name} lies {float(z[row]):.1f} deviations off, limit {limit:.1f}"
+            limits = self._limits(name, z)
+            if limits is None:
+                continue
+            for row in (~(z <= limits)).any(1).nonzero()[:, 0].tolist():
+                column = int((z[row] / limits).nan_to_num(math.inf).argmax())
+                off = f"lies {float(z[row, column]):.1f} deviations off, limit {float(limits[column]):.1f}"
+                reasons[row] = f"foreign: {name}[{column}] {off}"
         return reasons

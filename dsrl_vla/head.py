@@ -51,9 +51,8 @@ class Normaliser(nn.Module):
 
     @torch.no_grad()
     def deviations(self, inputs: HeadInputs) -> dict[str, torch.Tensor]:
-        """How far each row is from what was fitted: (B,) per input, the largest |x - mean| / std of any column."""
-        z = {n: (inputs[n] - getattr(self, f"{n}_mean")) / getattr(self, f"{n}_std") for n in self.names}
-        return {name: value.abs().amax(-1) for name, value in z.items()}
+        """How far from what was fitted: |x - mean| / std, the shape of each input."""
+        return {n: ((inputs[n] - getattr(self, f"{n}_mean")) / getattr(self, f"{n}_std")).abs() for n in self.names}
 
     def forward(self, inputs: HeadInputs) -> list[torch.Tensor]:
         """Normalised vectors, clipped at five deviations; the feature scaled to unit norm in expectation.
@@ -145,8 +144,9 @@ class SteeringHead(nn.Module):
         return self.layout.expand(self.latent(self.read(observations, encoding), generators)).unsqueeze(1)
 
     def calibrate(self, inputs: HeadInputs) -> None:
-        """Remember the furthest deviations in a sample (N, …), beyond which an observation counts as foreign."""
-        furthest = {name: round(float(z.max()), 2) for name, z in self.eyes.normalise.deviations(inputs).items()}
+        """Remember each column's furthest deviation in a sample (N, …): beyond it an observation counts as foreign."""
+        z = self.eyes.normalise.deviations(inputs)
+        furthest = {name: tuple(round(x, 2) for x in values.amax(0).tolist()) for name, values in z.items()}
         self.config = replace(self.config, furthest=furthest)
 
     def save_pretrained(self, folder: Path | str) -> None:

@@ -54,8 +54,8 @@ class HeadConfig:
     sampler_steps: int = 0
     fingerprint: Fingerprint | None = None
     """Of the base; None: a head that does not know, which is paired by name."""
-    furthest: Mapping[str, float] = field(default_factory=dict)
-    """Largest deviation of "state" and "feature" in training; see `dsrl_vla.failsafe`."""
+    furthest: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
+    """Largest deviation of every column of "state" and "feature" in training; see `dsrl_vla.failsafe`."""
 
     @classmethod
     def for_base(cls, spec: PolicySpec, layout: NoiseLayout, network: NetworkConfig, **more: Any) -> HeadConfig:

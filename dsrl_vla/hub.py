@@ -20,7 +20,7 @@ from .errors import DsrlError, bad, unknown
 from .head_config import HeadConfig
 from .manifest import write_manifest
 from .pairing import check_pair
-from .run_dir import disk_errors
+from .run_dir import TENSORS, checkpoints, disk_errors
 
 if TYPE_CHECKING:
     from .head import SteeringHead
@@ -176,8 +176,10 @@ def push(
     return str(commit.commit_url)
 
 
-def with_fingerprint(head: SteeringHead, recipe: Recipe) -> SteeringHead:
-    """A head that knows its base by fingerprint; one that does not yet is told, by loading its recipe's base.
+def completed(head: SteeringHead, recipe: Recipe, run: Path) -> SteeringHead:
+    """A head that knows its base and how far its training went; one of an older version is told.
+
+    Its recipe's base is loaded for the one, the run's newest checkpoint looked into for the other.
 
     Raises:
         MismatchError: that base is not the head's.
@@ -188,6 +190,11 @@ def with_fingerprint(head: SteeringHead, recipe: Recipe) -> SteeringHead:
         fresh = HeadConfig.for_base(base.spec, head.layout, head.config.network, fingerprint=base.fingerprint())
         names = ("action_dim", "base_cameras", "sampler_steps", "fingerprint")
         head.config = replace(head.config, **{name: getattr(fresh, name) for name in names})
+    if not head.config.furthest and (found := checkpoints(run / "checkpoints")):
+        from safetensors.torch import load_file
+
+        seen = {k: v for k, v in load_file(found[-1] / TENSORS).items() if k.startswith("replay.inputs.")}
+        head.calibrate({k.removeprefix("replay.inputs."): v for k, v in seen.items()})
     return head
 
 

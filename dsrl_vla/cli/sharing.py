@@ -70,11 +70,11 @@ def run_push(argv: list[str]) -> int:
     args = tyro.cli(PushArgs, prog="dsrl-vla push", args=argv)
     if bool(args.repo) == bool(args.folder):
         raise bad("push", "a repository 'owner/name', or --folder", "both" if args.repo else "neither")
-    from ..hub import push, with_fingerprint, write_artefact
+    from ..hub import completed, push, write_artefact
     from ..training import load_run
 
     recipe, head = load_run(args.run)
-    head = with_fingerprint(head, recipe)
+    head = completed(head, recipe, args.run)
     if args.folder:
         if args.folder.exists():
             raise bad(f"{args.folder}", "a new folder", "one that exists")

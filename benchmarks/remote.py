@@ -31,10 +31,10 @@ class Args:
 
     recipe: str = "demo"
     base: str = "nano:"
-    env_steps: int = 3_000
-    episodes: int = 20
+    env_steps: int = 2_000
+    episodes: int = 10
     """Of validation and of the held-out evaluation."""
-    rounds: int = 15
+    rounds: int = 11
     decisions: int = 5
     """Of all environments together, per round."""
     out: Path = field(default=Path(__file__).parent / "results" / "remote.json")
@@ -66,7 +66,8 @@ def recipe_for(args: Args, uri: str) -> Any:
         "stop_at": None,
         "checkpoint_every": args.env_steps,
     }
-    tree = {"base": {"uri": uri}, "train": train, "eval": {"episodes": args.episodes, "controls": False}}
+    evaluation = {"episodes": args.episodes, "controls": False, "video_episodes": 1}
+    tree = {"base": {"uri": uri}, "train": train, "eval": evaluation}
     return load_recipe(args.recipe, tree)
 
 

@@ -1,4 +1,4 @@
-"""Bases by URI: ``nano:``, ``transformers:owner/name@revision``, ``flow-mlp:<folder>``.
+"""Bases by URI: ``nano:``, ``transformers:owner/name@revision``, ``remote:ws://host:port``, ``flow-mlp:<folder>``.
 
 An adapter registers under the entry-point group ``dsrl_vla.adapters``; its target is a callable
 ``load(source, *, dtype=…, device=…, uri=…) -> FrozenPolicy``. Another distribution can add one.

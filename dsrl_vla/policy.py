@@ -177,7 +177,7 @@ class SteeredPolicy:
             return self.base.act(observation, seed=seed)
         observations = unsqueeze(observation)
         encoding = self.base.encode(observations)
-        noise = self.head.noise(observations, encoding, None if deterministic else generators([seed]))
+        noise, _ = self.noise(observations, encoding, [seed], deterministic=deterministic)
         return self.base.denoise(encoding, noise)[0, 0, : self.base.spec.executed_steps]
 
     def noise(

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import threading
 import time
 
 import numpy as np
@@ -199,6 +200,25 @@ def test_a_server_slower_than_the_deadline_answers_the_next_request(fork_base, o
 
 def encoding_of(base, observation):
     return base.encode(batch([observation(base)]))
+
+
+def test_threads_that_share_a_connection_get_their_own_answers(fork_base, served, observation, connect_to):
+    remote = connect_to(served(fork_base, max_handles=8).uri)
+    noise, wrong = fork_base.spec.noise.sample(generators([0])), []
+
+    def work(first):
+        for seed in range(first, first + 20):
+            seen = batch([observation(fork_base, seed)])
+            found = remote.denoise(remote.encode(seen), noise)
+            if not torch.equal(found, fork_base.denoise(fork_base.encode(seen), noise)):
+                wrong.append(seed)
+
+    threads = [threading.Thread(target=work, args=(100 * i,)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
 
 
 def test_a_failure_of_the_served_base_is_said_to_be_the_servers(fork_base, served, observation, connect_to):

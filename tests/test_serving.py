@@ -228,12 +228,42 @@ def test_clients_that_ask_together_share_a_prefix_pass(fork_base, served, observ
     for thread in threads:
         thread.join()
     assert server.service.counts["observations"] == clients
-    assert server.service.counts["prefix_passes"] <= 4
+    assert server.service.counts["prefix_passes"] <= 5
     policy = SteeredPolicy(fork_base, make_head(fork_base))
     for i, reply in enumerate(found):
         expected = policy.act(seen[i]) if i % 2 == 0 else fork_base.act(seen[i], seed=i)
         assert reply["dsrl/source"] == ("head" if i % 2 == 0 else "prior")
         assert np.allclose(reply["actions"], expected.numpy(), atol=1e-5)
+
+
+def test_batches_are_powers_of_two_all_of_them_warm(fork_base, observation):
+    from dsrl_vla.serving.requests import Encode, Infer
+    from dsrl_vla.serving.worker import Worker
+
+    sizes, blocked = [], threading.Event()
+
+    class Recording(FlowMLP):
+        def _encode(self, observations, batch):
+            sizes.append(batch)
+            if len(sizes) == 1:
+                blocked.wait(10)  # the queue fills up meanwhile
+            return super()._encode(observations, batch)
+
+    service = Service(Recording(fork_base.model))
+    worker, seen = Worker(service, max_batch=6), batch([observation(fork_base)])
+    one, whole = Infer(seen, None, 0), Encode(seen, 1)
+    futures = [worker.submit(one, Handles(1))]
+    while not sizes:
+        time.sleep(0.01)
+    futures += [worker.submit(request, Handles(1)) for request in [*[one] * 7, whole, one, one]]
+    blocked.set()
+    for future in futures:
+        future.result(10)
+    worker.close()
+    assert sizes == [1, 4, 2, 1, 1, 2]
+    sizes[:] = [0]
+    with PolicyServer(service, ServerConfig(port=0, max_batch=6)):
+        assert sizes[1:] == [1, 2, 4, 1]
 
 
 def test_one_clients_trouble_is_not_everybodys(fork_base, observation):
@@ -441,6 +471,19 @@ def test_the_command_serves_a_base_with_a_head_until_it_is_told_to_stop(fork_bas
         assert process.wait(20) == 0
     finally:
         process.kill()
+
+
+def test_a_run_is_served_with_its_base_and_its_best_head(fork_base, fork_recipe, tmp_path):
+    from dsrl_vla import load_recipe
+    from dsrl_vla.cli.serving import ServeArgs, load
+
+    (tmp_path / "recipe.yaml").write_text(load_recipe(fork_recipe).to_yaml())
+    make_head(fork_base).save_pretrained(tmp_path / "best")
+    base, head = load(ServeArgs(str(tmp_path)))
+    assert base.sha256() == fork_base.sha256() and head.layout.bound == 1.0
+    make_head(fork_base, bound=0.5).save_pretrained(tmp_path / "other")
+    assert load(ServeArgs(str(tmp_path), head=str(tmp_path / "other")))[1].layout.bound == 0.5
+    assert load(ServeArgs(base.spec.uri))[1] is None
 
 
 @pytest.mark.parametrize(

@@ -74,7 +74,7 @@ def run_serve(argv: list[str]) -> int:
         import torch
 
         torch.set_num_threads(args.threads)
-    base, head = _load(args)
+    base, head = load(args)
     server = PolicyServer(Service(base, head, deterministic=not args.stochastic), config)
     if config.api_key and not args.tls_cert and args.host not in ("127.0.0.1", "localhost", "::1"):
         print("dsrl-vla: warning: without --tls-cert the API key travels in the clear", file=sys.stderr)
@@ -90,7 +90,7 @@ def run_serve(argv: list[str]) -> int:
     return 0
 
 
-def _load(args: ServeArgs) -> tuple[Any, Any]:
+def load(args: ServeArgs) -> tuple[Any, Any]:
     """The base and the head, if there is one."""
     from ..bases import load_base
     from ..head import SteeringHead

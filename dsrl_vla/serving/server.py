@@ -34,7 +34,7 @@ from .keys import KeyMap
 from .requests import Feature, Reader, released, speaks_dsrl
 from .service import GoneError, Handles, Service
 from .wire import MAX_BYTES, pack, unpack
-from .worker import Worker
+from .worker import Worker, batch_sizes
 
 log = logging.getLogger(__name__)
 
@@ -54,7 +54,7 @@ class ServerConfig:
     prompt: str = ""
     """For observations that come without one."""
     max_batch: int = 16
-    """Decisions of different clients that may share a prefix pass."""
+    """Decisions of different clients that may share a prefix pass; the greatest power of two up to it counts."""
     max_handles: int = 4
     """Encodings kept for a connection; each may hold the KV cache of a whole batch."""
     max_connections: int = 32
@@ -134,7 +134,7 @@ class PolicyServer:
 
     def serve_forever(self, listening: Callable[[], None] = lambda: None) -> None:
         """Warm up, listen, call `listening`, and serve until `stop`."""
-        self.service.warm_up()
+        self.service.warm_up(batch_sizes(self.config.max_batch))
         asyncio.run(self._run(listening))
 
     def start(self) -> PolicyServer:

@@ -99,11 +99,11 @@ class Service:
         about = {"name": layout.name, "bound": layout.bound, "columns": layout.columns} if layout else None
         return p.metadata(self.base.spec, handles=True, sha256=self.sha256, layout=about)
 
-    def warm_up(self, batch: int = 1) -> None:
-        """Run every path once, so that no client waits for compilation."""
-        observations = _dummy(self.seen, batch)
-        request = Infer(observations, None, seed=0, wants=frozenset({"feature", "noise"}))
-        self.infer([request])
+    def warm_up(self, sizes: Sequence[int] = (1,)) -> None:
+        """Run every path at these batch sizes, so that no client waits for compilation."""
+        request = Infer(_dummy(self.seen, 1), None, seed=0, wants=frozenset({"feature", "noise"}))
+        for size in sizes:
+            self.infer([request] * size)
         self.infer([replace(request, steer=False)])
         self.counts.clear()
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import queue
 import threading
+from collections import deque
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 
@@ -22,15 +24,16 @@ class _Job:
 
 
 class Worker:
-    """Carries out requests one after the other, `max_batch` decisions at most at a time.
+    """Carries out requests one after the other, up to `max_batch` decisions at a time.
 
-    Whatever has queued up while the base was busy goes together; nothing waits for company.
+    Whatever has queued up while the base was busy goes together; nothing waits for company. The sizes of batches are
+    powers of two, so that a base that compiles for each size compiles few, all of them while warming up.
     """
 
     def __init__(self, service: Service, max_batch: int):
-        self.service, self.max_batch = service, max_batch
+        self.service, self.sizes = service, batch_sizes(max_batch)
         self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
-        self._aside: _Job | None = None
+        self._waiting: deque[_Job] = deque()
         self._stopping = False
         self._thread = threading.Thread(target=self._work, name="policy-worker", daemon=True)
         self._thread.start()
@@ -49,29 +52,33 @@ class Worker:
 
     def _work(self) -> None:
         while not self._stopping:
-            job = self._aside or self._jobs.get()
-            self._aside = None
-            if job is None:
-                break
-            together = [job, *self._company(job)]
-            running = [each for each in together if each.future.set_running_or_notify_cancel()]
+            self._fetch()
+            running = [job for job in self._next() if job.future.set_running_or_notify_cancel()]
             if running:
                 self._run(running)
 
-    def _company(self, job: _Job) -> list[_Job]:
-        """Queued jobs that can share a prefix pass with this one; the first that cannot is next."""
-        found: list[_Job] = []
-        key = batch_key(job.request)
-        while key is not None and len(found) + 1 < self.max_batch:
+    def _fetch(self) -> None:
+        """Take over what has queued up; when there is nothing to do at all, wait."""
+        while not self._stopping:
             try:
-                other = self._jobs.get_nowait()
+                job = self._jobs.get(block=not self._waiting)
             except queue.Empty:
-                break
-            if other is None or batch_key(other.request) != key:
-                self._aside, self._stopping = other, self._stopping or other is None
-                break
-            found.append(other)
-        return found
+                return
+            if job is None:
+                self._stopping = True
+            else:
+                self._waiting.append(job)
+
+    def _next(self) -> list[_Job]:
+        """The jobs whose turn it is: the first, and those behind it that can share its prefix pass."""
+        if self._stopping or not self._waiting:
+            return []
+        key = batch_key(self._waiting[0].request)
+        if key is None:
+            return [self._waiting.popleft()]
+        same = itertools.takewhile(lambda job: batch_key(job.request) == key, self._waiting)
+        count = len(list(itertools.islice(same, self.sizes[-1])))
+        return [self._waiting.popleft() for _ in range(max(size for size in self.sizes if size <= count))]
 
     def _run(self, jobs: list[_Job]) -> None:
         if len(jobs) > 1 and self._run_together(jobs):
@@ -92,3 +99,8 @@ class Worker:
         for job, reply in zip(jobs, replies, strict=True):
             job.future.set_result(reply)
         return True
+
+
+def batch_sizes(greatest: int) -> list[int]:
+    """1, 2, 4 … up to `greatest`."""
+    return [2**power for power in range(greatest.bit_length()) if 2**power <= greatest]

@@ -1,10 +1,10 @@
 """LeRobot, trained and evaluated for real: a miniature SmolVLA in LeRobot's format, steered on drawer-open.
 
-    python benchmarks/steer_lerobot.py [--seeds 0] [--base runs/nano-smolvla] [--workers 2]      (Python 3.12)
+    python benchmarks/steer_lerobot.py [--seeds 0] [--base FOLDER] [--workers 2]      (Python 3.12)
 
-Makes the base with `dsrl-vla pretrain nano-smolvla` unless it is there, steers it with the shipped recipe, measures
-base, controls and head on the same 100 held-out episodes, and writes benchmarks/results/lerobot.json. What has been
-done is kept under runs/benchmark/ and not done again.
+The base is the one in benchmarks/assets/, or is made by `dsrl-vla pretrain nano-smolvla` where FOLDER is empty. Steers
+it with the shipped recipe, measures base, controls and head on the same 100 held-out episodes, and writes
+benchmarks/results/lerobot.json. What has been done is kept under runs/benchmark/ and not done again.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ class Args:
     """What to run."""
 
     seeds: tuple[int, ...] = (0,)
-    base: Path = Path("runs/nano-smolvla")
-    """The base's folder; made when it is not there."""
+    base: Path = ROOT / "assets" / "nano-smolvla"
+    """The base's folder; made when it holds none."""
     workers: int = 2
     out: Path = field(default=ROOT / "results" / "lerobot.json")
 

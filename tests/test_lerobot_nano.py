@@ -1,11 +1,12 @@
 """The miniature SmolVLA: cloned by `dsrl-vla pretrain`, and a LeRobot policy directory like any other."""
 
 import importlib.util
+from pathlib import Path
 
 import pytest
 import torch
 import yaml
-from dsrl_vla import load_base
+from dsrl_vla import load_base, probe
 from dsrl_vla.cli import main
 from dsrl_vla.errors import UnknownNameError
 from dsrl_vla.pretraining import load_pretrain_recipe, pretrain
@@ -60,6 +61,13 @@ def test_lerobot_itself_loads_it_offline_and_acts_alike(folder, observation, mon
     own = after(policy.predict_action_chunk(batch, noise=noise))[0]
     ours = base.denoise(base.encode({k: [v] for k, v in seen.items()}), noise[None])[0, 0]
     assert torch.equal(own, ours)
+
+
+def test_the_one_in_the_repository_loads_from_anywhere(observation, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    base = load_base(f"lerobot:{Path(__file__).parents[1] / 'benchmarks' / 'assets' / 'nano-smolvla'}")
+    report = probe(base, observation(base))
+    assert report.deterministic and report.noise_effect > 0 and report.image_effect > 0
 
 
 def test_cloning_learns_and_is_deterministic(tmp_path):

@@ -223,7 +223,7 @@ def test_kill_9_anywhere_loses_nothing(fork_folder, tmp_path):
     """Five kills of one run; the end is the uninterrupted run's bit for bit. benchmarks/kill_resume.py has fifty."""
     import yaml
 
-    fields = {"env_steps": 3000, "checkpoint_every": 100, "validate_every": 1500}
+    fields = {"env_steps": 1600, "checkpoint_every": 100, "validate_every": 800}
     path, out = tmp_path / "short.yaml", tmp_path / "killed"
     path.write_text(yaml.safe_dump({"extends": "drawer-open"} | tree(fork_folder, **fields)))
     train(load_recipe(path), tmp_path / "straight", evaluate_after=False)

@@ -81,7 +81,7 @@ def run_push(argv: list[str]) -> int:
         write_artefact(head, args.folder, args.run)
         print(f"written: {args.folder}")
         return 0
-    more = {"private": args.private or None, "branch": args.branch, "create_pr": args.create_pr}
+    more: dict[str, Any] = {"private": args.private or None, "branch": args.branch, "create_pr": args.create_pr}
     print(push(head, args.repo, run=args.run, commit_message=args.message, **more, **args.hub))
     return 0
 

@@ -147,7 +147,10 @@ def test_a_relabelling_of_ones_own(episodes, tmp_path, monkeypatch):
     write_npz(tmp_path / "data.npz", episodes)
     config = OfflineConfig(str(tmp_path / "data.npz"), relabel="my_labels:relabel_to_nothing")
     assert not any(e["terminated"] for e in read_episodes(config))
-    for name, message in (("sparse", "offline.relabel: expected sparse_success, demonstrations or"), ("no.such:thing", "importable")):
+    for name, message in (
+        ("sparse", "offline.relabel: expected sparse_success, demonstrations or"),
+        ("no.such:thing", "importable"),
+    ):
         with pytest.raises(DsrlError, match=message):
             load_relabel(name)
 

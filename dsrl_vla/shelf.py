@@ -51,8 +51,9 @@ def shelf() -> list[Entry]:
 
 
 def _anonymous(recipe: Recipe) -> Recipe:
-    """A recipe without what does not change a run."""
-    return replace(recipe, name="", description="")
+    """A recipe without its name, its seed, and what changes no figure."""
+    train = replace(recipe.train, seed=0, threads=1, tracker="none", checkpoint_every=1)
+    return replace(recipe, name="", description="", train=train, eval=replace(recipe.eval, video_episodes=0))
 
 
 def _head_figures(path: Path) -> str:

@@ -139,6 +139,11 @@ class Handler(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def hub(monkeypatch):
+    """A stand-in Hub on the loopback interface; the other tests are kept from the real one."""
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
     server = StandInHub()
     yield server
     server.shutdown()

@@ -138,5 +138,7 @@ def test_a_critic_needs_members_and_a_known_reduction():
 
 def test_a_checkpoint_of_other_optimisers_is_refused():
     state = learner().tensors() | {"optimizer.actor.0.step": torch.tensor(1.0)}
-    with pytest.raises(DsrlError, match="checkpoint: expected optimisers of alpha, head, critic, got an optimiser 'ac"):
+    with pytest.raises(
+        DsrlError, match="checkpoint: expected optimisers of alpha, head, critic, got an optimiser 'ac"
+    ):
         learner().load_tensors(state, 1)

@@ -24,8 +24,9 @@ SCRIPTS = {
 INTRODUCTION = """# Performance
 
 Written by `benchmarks/report.py` from the JSON in `benchmarks/results/`; `make bench` measures it all again. Ratios
-are taken within a round, in which the compared sides take turns on one thread; a figure is the median over rounds.
-The clock is CPU time. The machine was a shared one (two cores, other work beside): trust ratios, not milliseconds.
+are taken within a round, in which the compared sides take turns on one thread; a figure is the median over rounds,
+and of a single round there is no spread. The clock is CPU time. The machine was a shared one (two cores under other
+load): trust ratios, not milliseconds.
 """
 GIB = 2**30
 

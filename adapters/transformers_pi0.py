@@ -24,6 +24,9 @@ from .pi0_processing import Pi0Processing, Pi0Statistics
 from .refusals import refuse_unsteerable
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+_OLD, _NEW = "vision_tower.vision_model.", "vision_tower."
+"""What transformers 5.5 and 5.23 call the same weights; a checkpoint may come from either."""
+_RENAMED = ({r"vision_tower\.(?!vision_model\.)": _OLD}, {r"vision_tower\.vision_model\.": _NEW})
 _FILES = ("*.json", "*.safetensors", "*.model", "*.txt")
 
 
@@ -87,7 +90,8 @@ class TransformersPi0(FrozenPolicy):
         return asdict(self.processing.statistics) | {"tokenizer": tokenizer.get_vocab()}
 
     def state_dict(self) -> dict[str, torch.Tensor]:
-        return self.model.state_dict()
+        """The weights, by the names of transformers 5.23, so that a base hashes alike under any."""
+        return {name.replace(_OLD, _NEW): weight for name, weight in self.model.state_dict().items()}
 
 
 def load(
@@ -121,11 +125,31 @@ def load(
     except ImportError as error:
         raise missing_extra("transformers>=5.4", "transformers", "the adapter 'transformers:'") from error
     with _quiet():
-        model = PI0ForConditionalGeneration.from_pretrained(folder, dtype=DTYPES[dtype], use_safetensors=True)
+        model = _load_whole(PI0ForConditionalGeneration, folder, DTYPES[dtype], source)
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     processing = Pi0Processing(Pi0Statistics.load(folder, statistics), tokenizer, model.config.max_state_dim)
     return TransformersPi0(
         model.to(device), processing, uri=uri or f"transformers:{source}", repo_id=repo_id, revision=revision
+    )
+
+
+def _load_whole(kind: Any, folder: Path, dtype: torch.dtype, source: str) -> Any:
+    """Load a model with every weight from the checkpoint: transformers fills in random ones and only warns.
+
+    Raises:
+        DsrlError: a weight is missing, or is one that this model does not have.
+    """
+    wrong: list[str] = []
+    for mapping in (None, *_RENAMED):
+        model, info = kind.from_pretrained(
+            folder, dtype=dtype, use_safetensors=True, output_loading_info=True, key_mapping=mapping
+        )
+        found = sorted({*info["missing_keys"], *info["unexpected_keys"]})
+        if not found:
+            return model
+        wrong = wrong or found
+    raise bad(
+        f"{source}: weights", "the model's own, all of them", f"{len(wrong)} missing or unknown, such as {wrong[0]}"
     )
 
 
@@ -134,11 +158,13 @@ def _quiet() -> Iterator[None]:
     """No progress bar for a load that takes a moment; the user's own setting is put back."""
     from transformers.utils import logging
 
-    shown = logging.is_progress_bar_enabled()
+    shown, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
     logging.disable_progress_bar()
+    logging.set_verbosity_error()  # what is missing is refused below, not warned of
     try:
         yield
     finally:
+        logging.set_verbosity(verbosity)
         if shown:
             logging.enable_progress_bar()
 

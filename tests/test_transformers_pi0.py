@@ -152,3 +152,25 @@ def test_images_are_read_in_the_declared_order(tiny_pi0, observation):
     swapped["observation.images.front"] = seen["observation.images.wrist"]
     swapped["observation.images.wrist"] = seen["observation.images.front"]
     assert not np.allclose(tiny_pi0.act(seen, seed=0), tiny_pi0.act(swapped, seed=0))
+
+
+def test_weights_named_as_another_transformers_does_are_found_and_missing_ones_refused(
+    tiny_pi0, tmp_path, observation
+):
+    """transformers fills what it does not find with random numbers, and says so in a warning."""
+    from safetensors.torch import load_file, save_file
+
+    save(tiny_pi0, tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    old, new = "vision_tower.vision_model.", "vision_tower."
+    for here in (new, old):
+        renamed = {k.replace(old, new).replace(new, here): v for k, v in weights.items()}
+        assert len(renamed) == len(weights)
+        save_file(renamed, tmp_path / "model.safetensors", {"format": "pt"})
+        base = load_base(f"transformers:{tmp_path}")
+        assert base.sha256() == tiny_pi0.sha256()
+        assert torch.equal(base.act(observation(base), seed=0), tiny_pi0.act(observation(tiny_pi0), seed=0))
+    weights.pop(sorted(weights)[0])
+    save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(DsrlError, match=r"weights: expected the model's own, all of them, got 1 missing or unknown"):
+        load_base(f"transformers:{tmp_path}")

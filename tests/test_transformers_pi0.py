@@ -169,7 +169,8 @@ def test_weights_named_as_another_transformers_does_are_found_and_missing_ones_r
         save_file(renamed, tmp_path / "model.safetensors", {"format": "pt"})
         base = load_base(f"transformers:{tmp_path}")
         assert base.sha256() == tiny_pi0.sha256()
-        assert torch.equal(base.act(observation(base), seed=0), tiny_pi0.act(observation(tiny_pi0), seed=0))
+        seen = observation(base)
+        assert torch.allclose(base.act(seen, seed=0), tiny_pi0.act(seen, seed=0), atol=1e-5)
     weights.pop(sorted(weights)[0])
     save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
     with pytest.raises(DsrlError, match=r"weights: expected the model's own, all of them, got 1 missing or unknown"):

@@ -156,3 +156,16 @@ def test_a_policy_that_is_not_served_in_bfloat16_says_so(tmp_path):
 def test_unpacking_before_anything_was_encoded_is_refused(smolvla):
     with pytest.raises(DsrlError, match="unpack: expected an encoding to have been made"):
         load_base(f"lerobot:{smolvla}").unpack({})
+
+
+def test_statistics_are_part_of_the_fingerprint(smolvla, tmp_path):
+    """A policy normalised otherwise is another base, though its weights are the same."""
+    from safetensors.torch import load_file, save_file
+
+    moved = tmp_path / "moved"
+    shutil.copytree(smolvla, moved)
+    statistics = next(moved.glob("policy_preprocessor*normalizer*.safetensors"))
+    save_file({k: v + 0.5 for k, v in load_file(statistics).items()}, statistics)
+    mine, theirs = (load_base(f"lerobot:{folder}").fingerprint() for folder in (smolvla, moved))
+    assert mine.weights == theirs.weights
+    assert mine.processors["before NormalizerProcessorStep"] != theirs.processors["before NormalizerProcessorStep"]

@@ -243,6 +243,9 @@ def test_batches_are_powers_of_two_all_of_them_warm(fork_base, observation):
     sizes, blocked = [], threading.Event()
 
     class Recording(FlowMLP):
+        def fingerprint(self):
+            return None
+
         def _encode(self, observations, batch):
             sizes.append(batch)
             if len(sizes) == 1:

@@ -152,8 +152,8 @@ def test_a_client_that_does_not_read_holds_up_nobody(process, fork_base, observa
         assert served_right(uri, fork_base, observation)
         assert time.perf_counter() - start < 5
         stop.set()
-        deaf.socket.socket.close()
-    thread.join(10)
+        deaf.socket.socket.shutdown(socket.SHUT_RDWR)  # wakes the thread from its send; closing alone does not
+        thread.join(10)
     assert resident(running.pid) - before < 100 * MIB
 
 

@@ -118,6 +118,16 @@ class LeRobotPolicy(FrozenPolicy):
     def state_dict(self) -> dict[str, torch.Tensor]:
         return self.model.state_dict()
 
+    def processors(self) -> dict[str, Any]:
+        """The cameras in order, and what every step of the pipelines has learnt: normalisation statistics."""
+        found: dict[str, Any] = {"cameras": list(self._keys.values())}
+        for when, pipeline in (("before", self.preprocess), ("after", self.postprocess)):
+            for step in pipeline.steps:
+                state = {name: tensor.float().tolist() for name, tensor in step.state_dict().items()}
+                if state:
+                    found[f"{when} {type(step).__name__}"] = state
+        return found
+
 
 def _camera_keys(split: Split, renamed: Mapping[str, str]) -> tuple[dict[str, str], dict[str, Any]]:
     """Return (camera -> the policy's key, camera -> shape or None) in the policy's own order."""

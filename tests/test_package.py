@@ -119,13 +119,9 @@ def test_the_wheel_holds_code_recipes_and_the_embedded_base_and_leaks_nothing(tm
     names = zipfile.ZipFile(next(tmp_path.glob("*.whl"))).namelist()
     for expected in (
         "dsrl_vla/adapters/transformers_pi0.py", "dsrl_vla/recipes/demo.yaml", "dsrl_vla/nano/base/model.safetensors",
-<<<<<<< HEAD
-        "dsrl_vla/data/nano_card.md", "dsrl_vla/data/metaworld_prompts.yaml", "dsrl_vla/py.typed",
-        "dsrl_vla/adapters/openpi/jax_sampler.py", "dsrl_vla/recipes/pi0-libero.yaml",
-=======
         "dsrl_vla/data/nano_card.md", "dsrl_vla/data/heads/drawer-open/head.safetensors",
         "dsrl_vla/data/metaworld_prompts.yaml", "dsrl_vla/py.typed",
->>>>>>> heads
+        "dsrl_vla/adapters/openpi/jax_sampler.py", "dsrl_vla/recipes/pi0-libero.yaml",
     ):  # fmt: skip
         assert expected in names
     assert {name.split("/")[0].split("-")[0] for name in names} == {"dsrl_vla"}

@@ -186,6 +186,26 @@ def test_a_server_that_hangs_or_dies_costs_a_deadline_and_no_more(fork_base, for
     assert np.median(hung) <= 0.1 and np.median(dead) <= 0.1, (hung, dead)
 
 
+@pytest.mark.skipif(not hasattr(signal, "SIGSTOP"), reason="stops a process")
+def test_a_server_killed_while_it_is_waited_for_is_followed_by_the_next(
+    fork_base, fork_folder, observation, connect_to
+):
+    """The request is on its way when the server dies; a new one on the same port answers the next."""
+    process, uri = start_cli(f"flow-mlp:{fork_folder}", "--threads", "1")
+    try:
+        remote = connect_to(uri, deadline_s=2.0)
+        seen, noise = batch([observation(fork_base)]), fork_base.spec.noise.sample(generators([0]))
+        encoding = remote.encode(seen)
+        os.kill(process.pid, signal.SIGSTOP)
+        threading.Timer(0.5, process.kill).start()
+        assert late(lambda: remote.denoise(encoding, noise), 2.0) <= 0.2
+        process.wait()
+    finally:
+        process.kill()
+    with PolicyServer(Service(fork_base), ServerConfig(port=int(uri.rpartition(":")[2]))):
+        assert torch.equal(remote.denoise(encoding, noise), fork_base.denoise(fork_base.encode(seen), noise))
+
+
 def test_a_server_slower_than_the_deadline_answers_the_next_request(fork_base, observation, connect_to):
     base = Slow(fork_base.model)
     server = PolicyServer(Service(base), ServerConfig(port=0)).start()

@@ -202,7 +202,8 @@ def test_a_server_killed_while_it_is_waited_for_is_followed_by_the_next(
         process.wait()
     finally:
         process.kill()
-    with PolicyServer(Service(fork_base), ServerConfig(port=int(uri.rpartition(":")[2]))):
+    again = Service(load_base(f"flow-mlp:{fork_folder}"))
+    with PolicyServer(again, ServerConfig(port=int(uri.rpartition(":")[2]))):
         assert torch.equal(remote.denoise(encoding, noise), fork_base.denoise(fork_base.encode(seen), noise))
 
 

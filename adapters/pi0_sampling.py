@@ -6,6 +6,7 @@ The same operations in the same order as ``PI0ForConditionalGeneration.sample_ac
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from typing import Any
 
@@ -24,7 +25,7 @@ def prefix(model: Any, inputs: dict[str, torch.Tensor]) -> tuple[Any, torch.Tens
         token_type_ids=torch.zeros_like(embeds)[:, :, 0],
         use_cache=True,
     )
-    return output.past_key_values, output.last_hidden_state
+    return output["cache" if "cache" in output else "past_key_values"], output.last_hidden_state
 
 
 def pool(hidden: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
@@ -72,17 +73,22 @@ def suffix_inputs(inputs: dict[str, torch.Tensor], count: int) -> dict[str, torc
     return {name: inputs[name].repeat_interleave(count, 0) for name in _READ_BY_EXPERT}
 
 
+def _cache_name(model: Any) -> str:
+    """What this transformers calls the cache; newer ones warn of the older name."""
+    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+
+
 def denoise(model: Any, inputs: dict[str, torch.Tensor], cache: Any, noise: torch.Tensor, steps: int) -> torch.Tensor:
     """Integrate the flow from noise (B, K, H, D) to normalised actions (B, K, H, D), all behind one prefix."""
     batch, count = noise.shape[:2]
     per_noise = suffix_inputs(inputs, count)
     cache = fan_out(cache, count)
-    length = cache.get_seq_length()
+    length, name = cache.get_seq_length(), _cache_name(model)
     x = rearrange(noise, "b k h d -> (b k) h d").to(inputs["state"].dtype)
     dt = -1.0 / steps
     for step in range(steps):
         time = torch.full((batch * count,), 1.0 + step * dt, dtype=torch.float32, device=x.device)
-        velocity = model(noise=x, timestep=time, past_key_values=cache, **per_noise).logits
+        velocity = model(noise=x, timestep=time, **{name: cache}, **per_noise).logits
         cache.crop(length - cache.get_seq_length())
         x = x + dt * velocity
     return rearrange(x, "(b k) h d -> b k h d", b=batch)
@@ -102,5 +108,5 @@ def flow_loss(
     cache, hidden = prefix(model, inputs)
     per_draw = suffix_inputs(inputs, draws)
     target = repeat(actions, "b h d -> (b k) h d", k=draws)
-    loss = model(actions=target, past_key_values=fan_out(cache, draws), **per_draw).loss
+    loss = model(actions=target, **{_cache_name(model): fan_out(cache, draws)}, **per_draw).loss
     return loss.mean(), pool(hidden, inputs["attention_mask"])

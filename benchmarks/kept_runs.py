@@ -11,7 +11,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from dsrl_vla import seeds as ranges
+from dsrl_vla.evaluation import Measure, measure_base
 from dsrl_vla.recipe import Recipe
+from dsrl_vla.rollout import Episode, VectorTask
 
 Runs = list[dict[str, Any]]
 _WITHOUT_EFFECT = {
@@ -49,3 +52,15 @@ def merged(old: Runs, new: Runs, wanted: dict[str, Any]) -> Runs:
     seeds = {run["train_seed"] for run in new}
     kept = [run for run in old if run["settings"] == wanted and run["train_seed"] not in seeds]
     return sorted([*kept, *new], key=lambda run: run["train_seed"])
+
+
+def base_measures(path: Path, recipe: Recipe) -> dict[str, Measure]:
+    """Base and controls on the evaluation seeds, measured once and kept at `path` for all training seeds."""
+    if not path.exists():
+        base = recipe.base.load()
+        episodes = ranges.block(ranges.EVALUATION, recipe.eval.episodes)
+        with VectorTask(recipe.task, base.spec.executed_steps) as task:
+            found = measure_base(base, task, recipe.noise.over(base.spec.noise), episodes, controls=True)
+        path.write_text(json.dumps({name: [asdict(e) for e in m.episodes] for name, m in found.items()}))
+    raw = json.loads(path.read_text())
+    return {name: Measure(tuple(Episode(**e) for e in episodes)) for name, episodes in raw.items()}

@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import sys
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -42,22 +42,13 @@ def recipe_for(base: Path, seed: int) -> Any:
     return load_recipe("lerobot-drawer-open", changes)
 
 
-def measured(base: Path) -> Path:
+def measured(base: Path) -> dict[str, Any]:
     """Base and controls on the evaluation seeds, for all training seeds."""
     import torch
-    from dsrl_vla import seeds as ranges
-    from dsrl_vla.evaluation import measure_base
-    from dsrl_vla.rollout import VectorTask
+    from kept_runs import base_measures
 
     torch.set_num_threads(1)
-    path = RUNS / "lerobot-drawer-open-base.json"
-    if not path.exists():
-        recipe, episodes = recipe_for(base, 0), ranges.block(ranges.EVALUATION, 100)
-        policy = recipe.base.load()
-        with VectorTask(recipe.task, policy.spec.executed_steps) as task:
-            found = measure_base(policy, task, recipe.noise.over(policy.spec.noise), episodes, controls=True)
-        path.write_text(json.dumps({name: [asdict(e) for e in m.episodes] for name, m in found.items()}))
-    return path
+    return base_measures(RUNS / "lerobot-drawer-open-base.json", recipe_for(base, 0))
 
 
 def trained(base: Path, seed: int) -> Path:
@@ -76,17 +67,15 @@ def evaluated(base: Path, seed: int) -> dict[str, Any]:
     """The head beside what `measured` found, on the same episodes."""
     import torch
     from dsrl_vla import SteeringHead
-    from dsrl_vla.evaluation import Measure, evaluate
-    from dsrl_vla.rollout import Episode, VectorTask
+    from dsrl_vla.evaluation import evaluate
+    from dsrl_vla.rollout import VectorTask
     from dsrl_vla.run_dir import Metrics
 
     torch.set_num_threads(1)
     recipe, out = recipe_for(base, seed), trained(base, seed)
-    raw = json.loads(measured(base).read_text())
-    known = {name: Measure(tuple(Episode(**e) for e in episodes)) for name, episodes in raw.items()}
     policy = recipe.base.load()
     with VectorTask(recipe.task, policy.spec.executed_steps) as task:
-        result = evaluate(policy, SteeringHead.from_pretrained(out / "best"), task, known=known)
+        result = evaluate(policy, SteeringHead.from_pretrained(out / "best"), task, known=measured(base))
     rows = Metrics(out / "metrics.jsonl").rows()
     curve = [[r["env_steps"], r["validation_success"]] for r in rows if "validation_success" in r]
     return result | {"train_seed": seed, "env_steps": max(r.get("env_steps", 0) for r in rows), "validation": curve}

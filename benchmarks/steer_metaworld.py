@@ -12,10 +12,11 @@ import itertools
 import json
 import multiprocessing
 import sys
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import kept_runs
 import tyro
 from kept_runs import holds, merged, read, settings
 
@@ -56,21 +57,7 @@ def recipe_for(task: str, kind: str, seed: int) -> Any:
 
 def base_measures(task: str) -> dict[str, Any]:
     """Base and controls on the evaluation seeds: once per task, for all its runs."""
-    from dsrl_vla import seeds as ranges
-    from dsrl_vla.evaluation import Measure, measure_base
-    from dsrl_vla.rollout import Episode, VectorTask
-
-    path = RUNS / f"{task}-base.json"
-    if not path.exists():
-        recipe = recipe_for(task, "transformer", 0)
-        base = recipe.base.load()
-        layout = recipe.noise.over(base.spec.noise)
-        episodes = ranges.block(ranges.EVALUATION, recipe.eval.episodes)
-        with VectorTask(recipe.task, base.spec.executed_steps) as vector:
-            found = measure_base(base, vector, layout, episodes, controls=True)
-        path.write_text(json.dumps({name: [asdict(e) for e in m.episodes] for name, m in found.items()}))
-    raw = json.loads(path.read_text())
-    return {name: Measure(tuple(Episode(**e) for e in episodes)) for name, episodes in raw.items()}
+    return kept_runs.base_measures(RUNS / f"{task}-base.json", recipe_for(task, "transformer", 0))
 
 
 def run_task(job: tuple[str, str, int]) -> None:

@@ -57,8 +57,7 @@ def tell(language, text, names):
 
 def test_its_stories_are_true(fork_folder, tmp_path, monkeypatch):
     """On a light base and task; the README's variables are kept from taking hold by being set already."""
-    if not stories():
-        pytest.skip("this README tells none")
+    assert stories()
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("BASE", f"flow-mlp:{fork_folder}")
     monkeypatch.setenv("TASK", "point:fork")

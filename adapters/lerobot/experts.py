@@ -9,9 +9,10 @@ import torch
 from dsrl_vla.errors import NotSteerableError
 from dsrl_vla.noise import NoiseSpace
 
+from ..pi0_sampling import pool
 from ..refusals import refuse_unsteerable
 from .seam import Prefix, arguments_at, watched
-from .split import Batch, Split, pool
+from .split import Batch, Split
 
 
 class VLAJEPA(Split):

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from dsrl_vla.noise import NoiseSpace
 
+from ..pi0_sampling import pool
 from .seam import Prefix, watched
-from .split import Batch, Split, pool
+from .split import Batch, Split
 
 _STEP = ("prefix_pad_masks", "past_key_values", "x_t", "timestep")
 

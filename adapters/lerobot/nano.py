@@ -14,9 +14,9 @@ from dsrl_vla.observation import IMAGE_PREFIX, STATE
 from dsrl_vla.run_dir import disk_errors
 from dsrl_vla.tasks.metaworld import prompts
 
+from ..pi0_sampling import pool
 from .loading import load, require_lerobot
 from .seam import watched
-from .split import pool
 
 _VLM = "smolvlm"
 

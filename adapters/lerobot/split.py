@@ -157,9 +157,3 @@ class Split(abc.ABC):
                     f"{', '.join(wanted)}, got {', '.join(found)}. This adapter was written for lerobot 0.6; "
                     "install that, or a newer dsrl-vla."
                 )
-
-
-def pool(hidden: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """Mean over the tokens that are not padding: (B, T, W) and (B, T) -> float32 (B, W)."""
-    weight = mask.to(hidden.device, torch.float32).unsqueeze(-1)
-    return (hidden.float() * weight).sum(1) / weight.sum(1)

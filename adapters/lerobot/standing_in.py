@@ -14,9 +14,10 @@ from typing import Any
 import torch
 from dsrl_vla.noise import NoiseSpace
 
+from ..pi0_sampling import pool
 from ..refusals import refuse_unsteerable
 from .seam import Prefix, arguments_at, replaced, watched
-from .split import Batch, Split, pool
+from .split import Batch, Split
 
 
 class XVLA(Split):

@@ -157,7 +157,10 @@ def run_job(job: tuple[str, str, int]) -> None:
     print("done", task, variant, seed, flush=True)
 
 
-OWN = ("steered", "steered_stochastic", "baselines", "train_seed", "env_steps", "updates", "train_seconds", "warnings")
+OWN = (
+    *("steered", "steered_stochastic", "baselines", "tasks", "train_seed", "env_steps", "updates", "train_seconds"),
+    "warnings",
+)
 
 
 def wanted(task: str, variant: str, seed: int) -> dict[str, Any]:

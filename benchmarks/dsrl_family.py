@@ -22,7 +22,7 @@ from typing import Any
 import tyro
 from kept_runs import holds, merged, read, settings
 from steer_metaworld import RUNS as BASE_RUNS
-from steer_metaworld import base_measures, learning_curve, recipe_for, summary_cells
+from steer_metaworld import base_measures, learning_curve, recipe_for
 
 RUNS = Path("runs/family")
 NA = {"algorithm": "na", "eval": {"baselines": ["best-of-k"], "video_episodes": 0}}
@@ -214,12 +214,35 @@ def collect(args: Args) -> dict[str, Any]:
     return found
 
 
+COLUMNS = ("sac", "na", "na-exact", "offline-to-online", "offline", "ticket", "best-of-k")
+
+
+def successes(variants: dict[str, Any], column: str) -> list[float]:
+    """Every seed's success; the best of K by Q^A is measured by DSRL-NA's runs."""
+    if column == "best-of-k":
+        found = (run.get("baselines", {}).get(column) for run in variants.get("na", []))
+        return [each["success"] for each in found if each]
+    return [run["steered"]["success"] for run in variants.get(column, [])]
+
+
+def cell(variants: dict[str, Any], column: str) -> str:
+    """Mean success and every seed's; below, each seed's steps to 0.90 on validation episodes, where it has any."""
+    each = successes(variants, column)
+    if not each:
+        return ""
+    words = f"**{sum(each) / len(each):.2f}** ({', '.join(f'{success:.2f}' for success in each)})"
+    steps = [run["steps_to_0.9"] for run in variants.get(column, []) if "steps_to_0.9" in run]
+    counts = ", ".join("–" if count is None else f"{count / 1000:.1f}k" for count in steps)
+    return f"{words}<br>{counts}" if counts else words
+
+
 def table(found: dict[str, Any]) -> str:
-    """The results as Markdown."""
-    lines = ["| task | base | variant | steered, mean | every seed | steps to 0.90 |", "|---|---|---|---|---|---|"]
+    """The results as Markdown: a row for each task, a column for each variant that has been run."""
+    columns = [c for c in COLUMNS if any(successes(entry["variants"], c) for entry in found.values())]
+    lines = [f"| task | base | {' | '.join(columns)} |", "|" + "---|" * (2 + len(columns))]
     for task, entry in found.items():
-        for variant, runs in entry["variants"].items():
-            lines.append(f"| {task} | {entry['base']['success']:.2f} | {variant} | {summary_cells(runs)} |")
+        cells = " | ".join(cell(entry["variants"], column) for column in columns)
+        lines.append(f"| {task} | {entry['base']['success']:.2f} | {cells} |")
     return "\n".join(lines)
 
 

@@ -90,10 +90,9 @@ class Inbox:
     def _attach(self, numbers: np.ndarray, extras: dict[str, np.ndarray]) -> None:
         self.replay.attach(self.translate(numbers), tensors(extras))
 
-    def _add(self, now: np.ndarray, latent: np.ndarray, reward: Any, discount: Any, then: np.ndarray) -> None:
-        self.replay.add(
-            self.translate(now), torch.from_numpy(np.array(latent)), reward, discount, self.translate(then)
-        )
+    def _add(self, *values: np.ndarray) -> None:
+        now, latent, reward, discount, then = map(np.array, values)
+        self.replay.add(self.translate(now), torch.from_numpy(latent), reward, discount, self.translate(then))
 
     def translate(self, numbers: np.ndarray) -> np.ndarray:
         """The worker's observation numbers to the replay's."""

@@ -85,8 +85,10 @@ class RolloutWorker:
             keeper=spec.keeper,
             faults=self.faults,
         )
+        self.sent = dict.fromkeys(_COUNTED, 0)
         if past:
             held = unpack(past)
+            self.sent = {name: held["state"][name] for name in _COUNTED}
             self.outbox.observed = held["observed"]
             self.collector.resume(tensors(held["tensors"]), held["state"])
         return os.getpid()
@@ -95,21 +97,19 @@ class RolloutWorker:
         """One decision in every environment, as ordered; what came of it."""
         asked, collector = unpack(order), self.collector
         self.head.load_state_dict(tensors(asked["head"]))
-        before = self._counts()
         collector.step(asked["warm_up"])
+        counts = {name: getattr(collector, name) for name in _COUNTED}
         harvest: dict[str, Any] = {
-            "counts": {name: count - before[name] for name, count in self._counts().items()},
+            "counts": {name: count - self.sent[name] for name, count in counts.items()},
             "recent": list(collector.recent),
             "finished": [arrays(episode.tensors()) for episode in collector.finished],
             "writes": self.outbox.take(),
             "faults": self.faults.take(),
         }
+        self.sent = counts
         collector.recent.clear()
         collector.finished.clear()
         return pack(harvest | {"past": self._past()})
-
-    def _counts(self) -> dict[str, int]:
-        return {name: getattr(self.collector, name) for name in _COUNTED}
 
     def _past(self) -> bytes:
         """All that another worker needs to go on in this one's place."""

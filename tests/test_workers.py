@@ -1,5 +1,6 @@
 """Collection by other processes: a fixed schedule, bit for bit, whoever dies on the way."""
 
+import contextlib
 import math
 import os
 import signal
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from dsrl_vla import load_recipe, train
-from dsrl_vla.errors import DsrlError, MismatchError, WorkerLostError
+from dsrl_vla.errors import DsrlError, MismatchError, MissingExtraError, WorkerLostError
 from dsrl_vla.run_dir import Metrics, load_checkpoint
 from dsrl_vla.workers.crew import Crew
 from dsrl_vla.workers.parcels import Inbox, Outbox
@@ -179,7 +180,8 @@ def killer(monkeypatch, pids, at):
     def harvest(self, number):
         calls.append(1)
         if len(calls) in at:
-            os.kill(pids(self.links[number]), signal.SIGKILL)
+            with contextlib.suppress(ProcessLookupError):  # one that has died already
+                os.kill(pids(self.links[number]), signal.SIGKILL)
         return original(self, number)
 
     monkeypatch.setattr(Crew, "_harvest", harvest)
@@ -305,6 +307,42 @@ def test_faults_in_a_worker_are_counted_and_said_by_the_learner(fork_folder, tmp
     train(recipe_of(fork_folder), tmp_path / "run", evaluate_after=False)
     assert last(tmp_path / "run")[1]["collector"]["faults"] == {"episode": 2}
     assert "fault 2 of 20, skipped: episode of seed 1000007" in caplog.text
+
+
+@pytest.fixture(scope="module")
+def local_ray():
+    """A Ray of two processors and a small store, on this machine."""
+    ray = pytest.importorskip("ray")
+    ray.init(num_cpus=2, object_store_memory=80 * 1024**2, include_dashboard=False, log_to_driver=False)
+    yield ray
+    ray.shutdown()
+
+
+def test_rays_workers_do_what_processes_do_also_when_one_is_killed(
+    local_ray, fork_folder, straight, tmp_path, monkeypatch, caplog
+):
+    handler = signal.getsignal(signal.SIGTERM)
+    killer(monkeypatch, lambda link: local_ray.get(link.begun), at=(9,))
+    recipe = recipe_of(fork_folder, "ray", rollout={"workers": 2})
+    train(recipe, tmp_path / "run", evaluate_after=False)
+    assert "rollout worker 0 died" in caplog.text and "restart 1 of 3" in caplog.text
+    assert same(tmp_path / "run", straight[1])
+    assert signal.getsignal(signal.SIGTERM) == handler
+
+
+def test_rays_errors_are_the_runs_too(local_ray, fork_folder, tmp_path):
+    recipe = recipe_of(fork_folder, "ray")
+    other = load_recipe("drawer-open", tree(fork_folder, "ray") | {"base": {"uri": "flow-mlp:/no/such/folder"}})
+    with pytest.raises(DsrlError, match="flow-mlp"):
+        train(other, tmp_path / "run", base=recipe.base.load())
+
+
+def test_without_ray_the_command_that_installs_it_is_named(fork_folder, tmp_path, monkeypatch):
+    import sys
+
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(MissingExtraError, match=r"pip install 'dsrl-vla\[ray\]'"):
+        train(recipe_of(fork_folder, "ray"), tmp_path / "run")
 
 
 def test_what_a_recipe_may_not_ask_for(fork_folder):

@@ -13,7 +13,6 @@ from dsrl_vla import load_recipe, train
 from dsrl_vla.errors import DsrlError, MismatchError, MissingExtraError, WorkerLostError
 from dsrl_vla.run_dir import Metrics, load_checkpoint
 from dsrl_vla.workers.crew import Crew
-from dsrl_vla.workers.parcels import Inbox, Outbox
 
 BACKENDS = ["process", "ray"]
 

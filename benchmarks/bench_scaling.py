@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import ray
 import torch
 import tyro
 from common import Goal, finish, interval, side_by_side
@@ -176,6 +177,8 @@ def main() -> int:
     args = tyro.cli(Args, description=__doc__)
     torch.set_num_threads(1)
     base = load_recipe(args.recipe).base.load()
+    # Three workers are there, of which at most two are at work.
+    ray.init(num_cpus=3, object_store_memory=100 * 2**20, include_dashboard=False, log_to_driver=False)
     measured, found = scaling(args, base), parts(args, base)
     goal = Goal("efficiency of two of Ray's workers", measured["efficiency_of_two"]["median"], 0.8)
     return finish(

@@ -80,10 +80,10 @@ def overlap_table(result: dict[str, Any]) -> list[str]:
 def scaling_table(result: dict[str, Any]) -> list[str]:
     """Rollout workers: two measured, many computed."""
     rows = [
-        "Two workers are measured. More are **computed** from the measured parts, with a core each and no latency of a "
-        "network; no such run was made.",
+        "One and two workers are measured. More are **computed** from the measured parts, with a core each and no "
+        "latency of a network; no such run was made. Updates: per decision, that one learner keeps up with.",
         "",
-        "| workers | env steps/s | efficiency | updates per decision that one learner keeps up with | MB/s in | out | |",
+        "| workers | env steps/s | efficiency | updates | MB/s in | out | |",
         "|---|---|---|---|---|---|---|",
     ]
     rates, two = result["measured"]["env_steps_per_second"], result["measured"]["efficiency_of_two"]["median"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import multiprocessing
 import os
 import signal
@@ -14,6 +15,7 @@ from typing import Any, Protocol
 from ..errors import WorkerLostError, missing_extra
 from .worker import RolloutWorker, WorkerSpec
 
+log = logging.getLogger(__name__)
 _GRACE_S = 10.0
 _here = RolloutWorker()
 """The worker of a worker process."""
@@ -95,6 +97,9 @@ class RayLink:
 
     def __init__(self, spec: WorkerSpec, number: int, past: bytes):
         self.ray = _ray()
+        processors = self.ray.cluster_resources().get("CPU", 0)
+        if number == processors:
+            log.warning("Ray has %d processors for %d workers: the run waits until it has more.", number, spec.workers)
         self.actor = self.ray.remote(RolloutWorker).options(num_cpus=1, max_restarts=0).remote()
         self.begun = self.actor.begin.remote(spec, number, past)
         self.pending: deque[Any] = deque()

@@ -80,8 +80,9 @@ def overlap_table(result: dict[str, Any]) -> list[str]:
 def scaling_table(result: dict[str, Any]) -> list[str]:
     """Rollout workers: two measured, many computed."""
     rows = [
-        "One and two workers are measured. More are **computed** from the measured parts, with a core each and no "
-        "latency of a network; no such run was made. Updates: per decision, that one learner keeps up with.",
+        "One and two workers are measured. More are **computed** from the measured parts, with a core each: upper "
+        "bounds, without the network and the wait for a round's slowest worker. No such run was made. Updates: per "
+        "decision, that one learner keeps up with.",
         "",
         "| workers | env steps/s | efficiency | updates | MB/s in | out | |",
         "|---|---|---|---|---|---|---|",

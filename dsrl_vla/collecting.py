@@ -32,7 +32,7 @@ class AnyCollector(abc.ABC):
     def __init__(self, num_envs: int, faults: Faults | None = None):
         self.num_envs, self.faults = num_envs, faults or Faults()
         self.episodes = self.env_steps = self.decisions = 0
-        self.recent: deque[bool] = deque(maxlen=50)
+        self.recent: deque[bool] = deque(maxlen=max(50, 2 * num_envs))
         self.finished: deque[Finished] = deque(maxlen=20)
 
     @abc.abstractmethod
@@ -60,7 +60,7 @@ class AnyCollector(abc.ABC):
 
     @property
     def success(self) -> float:
-        """Share of successes among the last 50 finished episodes.
+        """Share of successes among the last 50 finished episodes, or two of every environment if these are more.
 
         NaN until every environment has finished about two: the first to finish are the successes.
         """

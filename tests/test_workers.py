@@ -123,6 +123,14 @@ def test_the_replay_ratio_is_exact(fork_folder, tmp_path, gradient_steps):
     assert decisions % 8 == 0 and state["env_steps"] >= 400
 
 
+def test_a_workers_environments_may_have_processes_of_their_own(fork_folder, tmp_path):
+    made = tree(fork_folder, env_steps=200, rollout={"ahead": 0})
+    runs = {vector: made | {"task": made["task"] | {"vector": vector}} for vector in ("sync", "async")}
+    for vector, recipe in runs.items():
+        train(load_recipe("drawer-open", recipe), tmp_path / vector, evaluate_after=False)
+    assert same(tmp_path / "sync", tmp_path / "async", but=["collector."])
+
+
 def test_no_two_workers_play_the_same_episode(straight):
     from dsrl_vla.workers.parcels import unpack
 

@@ -71,9 +71,10 @@ class ProcessLink:
 
 
 def _settle() -> None:
-    """Leave Ctrl-C to the learner, which ends its workers when it is ready, and do not outlive it."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
+    """Leave signals to the learner, which ends its workers when it is ready, and do not outlive it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # Not SIG_IGN, which environments in processes of their own would inherit: they are ended by this signal.
+    signal.signal(signal.SIGTERM, lambda *_: None)
     parent = multiprocessing.parent_process()
     assert parent is not None
 

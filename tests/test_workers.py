@@ -5,6 +5,7 @@ import math
 import os
 import signal
 import time
+from typing import Any
 
 import numpy as np
 import pytest
@@ -350,6 +351,31 @@ def test_without_ray_the_command_that_installs_it_is_named(fork_folder, tmp_path
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(MissingExtraError, match=r"pip install 'dsrl-vla\[ray\]'"):
         train(recipe_of(fork_folder, "ray"), tmp_path / "run")
+
+
+def test_a_script_without_a_main_guard_is_told_so(fork_folder, tmp_path):
+    import subprocess
+    import sys
+
+    import yaml
+
+    path, script = tmp_path / "short.yaml", tmp_path / "script.py"
+    made = tree(fork_folder, rollout={"max_restarts": 0})
+    path.write_text(yaml.safe_dump({"extends": "drawer-open"} | made))
+    script.write_text(f"import dsrl_vla\ndsrl_vla.train(dsrl_vla.load_recipe('{path}'), '{tmp_path}/run')\n")
+    run = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=60)
+    assert run.returncode != 0
+    assert "before it had begun: a script that trains with workers needs `if __name__ == '__main__':`" in run.stderr
+
+
+def test_a_robot_is_collected_from_by_the_learner_itself(fork_folder, fork_base, tmp_path):
+    from types import SimpleNamespace
+
+    from dsrl_vla.collectors import make_collector
+
+    live: Any = SimpleNamespace(info=SimpleNamespace(live=True))
+    with pytest.raises(DsrlError, match="rollout.backend: expected inline for a task with an operator, got process"):
+        make_collector(recipe_of(fork_folder), fork_base, None, live, None, tmp_path, keeper=None, faults=None)
 
 
 def test_what_a_recipe_may_not_ask_for(fork_folder):

@@ -60,7 +60,10 @@ class ProcessLink:
                 raise BrokenExecutor("its process was gone when it was given an order")
             return self.pending.popleft().result()
         except BrokenExecutor as error:
-            raise WorkerLostError(str(error).rstrip(".")) from error
+            words = str(error).rstrip(".")
+            if not self.begun.done() or self.begun.exception():
+                words += "; before it had begun: a script that trains with workers needs `if __name__ == '__main__':`"
+            raise WorkerLostError(words) from error
 
     def close(self) -> None:
         """As `Link.close`; a worker that does not come to the end of its round is killed."""

@@ -74,6 +74,8 @@ bench: $(VENV)/ready
 	-$(BIN)/python benchmarks/bench_replay.py $(if $(LEROBOT),--lerobot $(LEROBOT))
 	-$(BIN)/python benchmarks/bench_import.py
 	-$(BIN)/python benchmarks/bench_memory.py
+	-$(BIN)/python benchmarks/bench_overlap.py
+	-$(BIN)/python -m pip install --quiet -e ".[ray]" && $(BIN)/python benchmarks/bench_scaling.py
 	-$(BIN)/python benchmarks/bench_demo.py
 	$(BIN)/python benchmarks/report.py
 

@@ -30,6 +30,12 @@ from dsrl_vla import policy, trainer, training
 from dsrl_vla.recipe import load_recipe
 from dsrl_vla.tasks import metaworld, rendering
 
+try:
+    from dsrl_vla.updates import Updates
+    updating = Updates, "until"
+except ImportError:  # before
+    updating = trainer.Trainer, "_update_to"
+
 times, spent = {}, collections.Counter()
 now = lambda: {"cpu": time.process_time(), "wall": time.monotonic() - wall}
 
@@ -44,7 +50,7 @@ def account(owner, name, part):
     setattr(owner, name, timed)
 
 for owner, name, part in (
-    (trainer.Trainer, "_update_to", "updates"), (rendering.FastRenderer, "__call__", "rendering"),
+    (*updating, "updates"), (rendering.FastRenderer, "__call__", "rendering"),
     (metaworld.MetaWorldTask, "advance", "simulation"), (metaworld.MetaWorldTask, "begin", "simulation"),
     (metaworld.MetaWorldTask, "__init__", "making environments"), (policy.FrozenPolicy, "encode", "base, prefix"),
     (policy.FrozenPolicy, "denoise", "base, sampler"), (trainer.Trainer, "validate", "rest of validation"),

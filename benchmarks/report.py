@@ -17,6 +17,8 @@ SCRIPTS = {
     "update_cost": "update_cost.py",
     "prefix": "bench_prefix.py",
     "replay": "bench_replay.py",
+    "overlap": "bench_overlap.py",
+    "scaling": "bench_scaling.py",
     "demo_time": "bench_demo.py",
     "import": "bench_import.py",
     "memory": "bench_memory.py",
@@ -25,7 +27,8 @@ INTRODUCTION = """# Performance
 
 Written by `benchmarks/report.py` from the JSON in `benchmarks/results/`; `make bench` measures it all again. Ratios
 are taken within a round, in which the compared sides take turns on one thread; a figure is the median over rounds,
-and of a single round there is no spread. The clock is CPU time. The machine was a shared one (two cores under other
+and of a single round there is no spread. The clock is CPU time, but for collecting
+while learning and for rollout workers, where it is the wall's. The machine was a shared one (two cores under other
 load): trust ratios, not milliseconds.
 """
 GIB = 2**30
@@ -60,6 +63,42 @@ def profile_table(result: dict[str, Any]) -> list[str]:
     return [*rows, f"| all | {sum(before.values()):.1f} | {sum(after.values()):.1f} |"]
 
 
+def overlap_table(result: dict[str, Any]) -> list[str]:
+    """Collection and learning, overlapped and not."""
+    rows = ["Wall-clock time on two cores; a round is a decision in every environment and the updates it is owed.", ""]
+    rows += ["| updates per decision | collecting, s | updating, s | ratio that allows | ratio found |"]
+    rows += ["|---|---|---|---|---|"]
+    for found in (result["shipped"], result["balanced"]):
+        alone, ratio = found["parts_of_a_round"], found["ratio"]
+        rows.append(
+            f"| {found['gradient_steps']:g} | {alone['collect_s']:.3f} | {alone['update_s']:.3f} "
+            f"| {found['ratio_the_parts_allow']:.2f} | {ratio['median']:.2f} {ratio['ci95']} |"
+        )
+    return rows
+
+
+def scaling_table(result: dict[str, Any]) -> list[str]:
+    """Rollout workers: two measured, many computed."""
+    rows = [
+        "One and two workers are measured. More are **computed** from the measured parts, with a core each: upper "
+        "bounds, without the network and the wait for a round's slowest worker. No such run was made. Updates: per "
+        "decision, that one learner keeps up with.",
+        "",
+        "| workers | env steps/s | efficiency | updates | MB/s in | out | |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    rates, two = result["measured"]["env_steps_per_second"], result["measured"]["efficiency_of_two"]["median"]
+    for workers, efficiency in (("1", 1.0), ("2", two)):
+        rows.append(f"| {workers} | {rates[workers]['median']:.0f} | {efficiency:.2f} | | | | measured |")
+    for row in result["computed_for_many_workers"]:
+        rows.append(
+            f"| {row['workers']} | {row['env_steps_per_second']} | {row['efficiency']:.2f} "
+            f"| {row['updates_per_decision_kept_up']:.3g} | {row['megabytes_per_second_in']:g} "
+            f"| {row['megabytes_per_second_out']:g} | computed |"
+        )
+    return rows
+
+
 def memory_table(result: dict[str, Any]) -> list[str]:
     """What π0 takes on a GPU."""
     rows = ["Computed from the real class's weights on the meta device; activations are not counted.", ""]
@@ -80,6 +119,10 @@ def main() -> int:
     lines = [INTRODUCTION, *goal_table(results)]
     if "demo_time" in results:
         lines += ["", "## Where the demo's time goes", "", *profile_table(results["demo_time"])]
+    if "overlap" in results:
+        lines += ["", "## Collecting while learning", "", *overlap_table(results["overlap"])]
+    if "scaling" in results:
+        lines += ["", "## Rollout workers", "", *scaling_table(results["scaling"])]
     if "memory" in results:
         lines += ["", "## π0 on a 24 GB GPU", "", *memory_table(results["memory"])]
     (Path(__file__).parent / "PERFORMANCE.md").write_text("\n".join(lines) + "\n")

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import logging
-from collections import deque
 from typing import Any
 
 import numpy as np
 import torch
 
+from .collecting import AnyCollector
 from .faults import Faults, finite_rows, seen_rows
 from .head import HeadInputs, SteeringHead
 from .latent_sac import SACConfig
@@ -16,7 +16,7 @@ from .n_step import Decision, NStepWindows
 from .noise_bank import Keeper
 from .observation import STATE, select
 from .policy import Encoding, FrozenPolicy
-from .replay import Replay
+from .replay import Store
 from .rollout import ChunkResult, VectorTask
 from .under_way import UnderWay, part
 from .watch import Finished
@@ -31,43 +31,36 @@ def _made_finite(rows: dict[str, torch.Tensor], sound: np.ndarray) -> dict[str, 
     return {k: v.nan_to_num(0.0, 0.0, 0.0) if v.is_floating_point() else v for k, v in rows.items()}
 
 
-class Collector:
+class Collector(AnyCollector):
     """Steps a vector task one decision at a time; one prefix pass each, plus one for episodes that time out.
 
-    Owns the order of training episodes: episode i of a run has seed ``first_seed + i``.
+    Owns the order of training episodes: episode i of a run has seed ``first_seed + i seed_step``.
     """
-
-    live = False
-    """Whether a robot moves while it collects: it is stopped at once."""
-    whole = False
-    """Whether an interrupt, now, leaves nothing half booked."""
 
     def __init__(
         self,
         base: FrozenPolicy,
         head: SteeringHead,
         task: VectorTask,
-        replay: Replay,
+        replay: Store,
         *,
         sac: SACConfig,
         first_seed: int,
+        seed_step: int = 1,
         keeper: Keeper | None = None,
         faults: Faults | None = None,
     ):
+        super().__init__(task.config.num_envs, faults)
         self.base, self.head, self.task, self.replay = base, head, task, replay
-        self.sac, self.first_seed, self.keeper = sac, first_seed, keeper or Keeper()
-        self.faults = faults or Faults()
-        self.episodes = self.env_steps = self.decisions = 0
-        self.recent: deque[bool] = deque(maxlen=50)
-        self.finished: deque[Finished] = deque(maxlen=20)
+        self.sac, self.first_seed, self.seed_step, self.keeper = sac, first_seed, seed_step, keeper or Keeper()
         self._start()
 
     def _begin(self) -> UnderWay:
         self.episodes += 1
-        return UnderWay.begin(self.first_seed + self.episodes - 1)
+        return UnderWay.begin(self.first_seed + self.seed_step * (self.episodes - 1))
 
     def _start(self) -> None:
-        count = self.task.config.num_envs
+        count = self.num_envs
         self.rows = [self._begin() for _ in range(count)]
         self.windows = NStepWindows(self.sac.n_step, count, self.replay.add)
         self.observations = self.task.reset([row.seed for row in self.rows])
@@ -77,10 +70,6 @@ class Collector:
     def streams(self) -> list[torch.Generator]:
         """The noise generators of the episodes under way."""
         return [row.stream for row in self.rows]
-
-    def restore(self) -> int:
-        """Take in episodes that are on the disk and in no checkpoint; return how many. A simulator has none."""
-        return 0
 
     @torch.no_grad()
     def step(self, warm_up: bool) -> None:
@@ -182,33 +171,3 @@ class Collector:
                 return
             log.warning("the episodes under way do not repeat themselves: new ones are begun in their place.")
         self._start()
-
-    def _past_tensors(self) -> dict[str, torch.Tensor]:
-        """Of the newest episodes that are over."""
-        return {f"finished.{i}.{k}": v for i, e in enumerate(self.finished) for k, v in e.tensors().items()}
-
-    def _past_state(self) -> dict[str, Any]:
-        """What has been counted so far."""
-        return {
-            **{name: getattr(self, name) for name in ("episodes", "env_steps", "decisions")},
-            "recent": list(self.recent),
-            "finished": len(self.finished),
-            "faults": dict(self.faults.counts),
-        }
-
-    def _resume_past(self, tensors: dict[str, torch.Tensor], state: dict[str, Any]) -> None:
-        """Undo `_past_tensors` and `_past_state`."""
-        for name in ("episodes", "env_steps", "decisions"):
-            setattr(self, name, state[name])
-        self.recent.extend(state["recent"])
-        self.faults.counts.update(state["faults"])
-        self.finished.extend(Finished.from_tensors(part(tensors, f"finished.{i}.")) for i in range(state["finished"]))
-
-    @property
-    def success(self) -> float:
-        """Share of successes among the last 50 finished episodes.
-
-        NaN until every environment has finished about two: the first to finish are the successes.
-        """
-        enough = len(self.recent) >= 2 * self.task.config.num_envs
-        return float(np.mean(self.recent)) if enough else float("nan")

@@ -26,6 +26,10 @@ class BaseFailedError(DsrlError, RuntimeError):
     """The frozen base itself failed, or its actions are not finite. No noise can mend that."""
 
 
+class WorkerLostError(DsrlError, RuntimeError):
+    """A rollout worker has died, and is not to be replaced."""
+
+
 class MismatchError(DsrlError):
     """A head meets a base it was not trained on."""
 

@@ -6,7 +6,7 @@ one by one costs more than the arithmetic does; as one vector each of the three 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import nn
@@ -22,6 +22,8 @@ class Flat:
         self.parameters = list(parameters)
         self.vector = nn.Parameter(torch.empty(0))
         """What an optimiser is given; float32 (number of weights,)."""
+        self.mean: Callable[[torch.Tensor], torch.Tensor] = lambda gradient: gradient
+        """The mean of a gradient over those who share the batch."""
         self._tie()
 
     @torch.no_grad()
@@ -43,7 +45,7 @@ class Flat:
         Only these parameters' gradients are computed, and none is left behind.
         """
         vector = self.tied()
-        gradient = torch.cat([g.reshape(-1) for g in torch.autograd.grad(loss, self.parameters)])
+        gradient = self.mean(torch.cat([g.reshape(-1) for g in torch.autograd.grad(loss, self.parameters)]))
         gradient *= (max_norm / (torch.linalg.vector_norm(gradient) + 1e-6)).clamp(max=1.0)
         vector.grad = gradient
         optimizer.step()

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from .draws import Source, normal
 from .head_config import CONFIG, WEIGHTS, HeadConfig
 from .networks import ImageTokens, build
 from .observation import IMAGE_PREFIX, STATE, Observations
@@ -117,12 +118,10 @@ class SteeringHead(nn.Module):
         mean, log_std = out.chunk(2, -1)
         return mean + self.start, log_std.clamp(*_LOG_STD)
 
-    def sample(
-        self, inputs: HeadInputs, generator: torch.Generator | None = None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def sample(self, inputs: HeadInputs, source: Source = None) -> tuple[torch.Tensor, torch.Tensor]:
         """Reparametrised latents (B, n, d) in [-1, 1] and their log density (B,), in units of that box."""
         mean, log_std = self.distribution(inputs)
-        epsilon = torch.randn(mean.shape, generator=generator, device=mean.device)
+        epsilon = normal(mean.shape, source, mean.device)
         raw = mean + log_std.exp() * epsilon
         gaussian = -0.5 * epsilon.square() - log_std - 0.5 * math.log(2 * math.pi)
         squash = 2 * (math.log(2) - raw - F.softplus(-2 * raw))

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from .critic import CriticConfig, CriticEnsemble
+from .draws import Source
 from .errors import bad
 from .flat import Flat
 from .head import SteeringHead
@@ -88,11 +89,11 @@ def critic_loss(
     batch: Batch,
     bounds: tuple[float, float],
     backup_entropy: bool,
-    generator: torch.Generator,
+    source: Source,
 ) -> tuple[torch.Tensor, Info]:
     """Mean over members of (Q_i(s, u) - y)^2, y = R + gamma^k Red_i Q'_i(s', u'), kept to what the reward can give."""
     with torch.no_grad():
-        latent, log_prob = head.sample(batch.next_inputs, generator)
+        latent, log_prob = head.sample(batch.next_inputs, source)
         value = target.value(batch.next_inputs, latent)
         if backup_entropy:
             value = value - alpha * log_prob
@@ -103,10 +104,10 @@ def critic_loss(
 
 
 def actor_loss(
-    critic: CriticEnsemble, head: SteeringHead, alpha: torch.Tensor, batch: Batch, generator: torch.Generator
+    critic: CriticEnsemble, head: SteeringHead, alpha: torch.Tensor, batch: Batch, source: Source
 ) -> tuple[torch.Tensor, Info]:
     """E[alpha log pi(u|s) - Red_i Q_i(s, u)], u ~ pi."""
-    latent, log_prob = head.sample(batch.inputs, generator)
+    latent, log_prob = head.sample(batch.inputs, source)
     loss = (alpha * log_prob - critic.value(batch.inputs, latent)).mean()
     entropy = -log_prob.detach().mean() / latent[0].numel()
     return loss, {"actor_loss": loss.detach(), "entropy": entropy, "latent_abs": latent.detach().abs().mean()}
@@ -139,6 +140,8 @@ class LatentSAC:
         self._own("critic", self.critic, config.critic_lr)
         self._own("target", self.target)
         self.generator = torch.Generator().manual_seed(seed)
+        self.draws: Source = self.generator
+        """Where an update's random numbers come from."""
         self.updates = 0
 
     def _own(self, name: str, module: nn.Module, learning_rate: float | None = None) -> None:
@@ -169,14 +172,12 @@ class LatentSAC:
 
     def _update_critics(self, batch: Batch, alpha: torch.Tensor) -> Info:
         backup = self.config.backup_entropy
-        loss, info = critic_loss(
-            self.critic, self.target, self.head, alpha, batch, self.bounds, backup, self.generator
-        )
+        loss, info = critic_loss(self.critic, self.target, self.head, alpha, batch, self.bounds, backup, self.draws)
         self._step("critic", loss)
         return info
 
     def _update_actor(self, batch: Batch, alpha: torch.Tensor) -> Info:
-        loss, info = actor_loss(self.critic, self.head, alpha, batch, self.generator)
+        loss, info = actor_loss(self.critic, self.head, alpha, batch, self.draws)
         self._step("head", loss)
         # Young averages forget faster, so that the initial weights do not linger.
         weight = max(1 - self.config.actor_average, 1 / (1 + self.updates))

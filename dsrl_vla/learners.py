@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Literal
 
 from .critic import CriticConfig
+from .errors import bad
 from .head import SteeringHead
 from .latent_sac import LatentSAC, SACConfig
 from .noise_aliasing import ExactNoiseAliasing, NAConfig, NoiseAliasing
@@ -15,7 +16,7 @@ Algorithm = Literal["sac", "na", "na-exact"]
 
 def build_learner(
     algorithm: Algorithm,
-    base: FrozenPolicy,
+    base: FrozenPolicy | None,
     head: SteeringHead,
     critic: CriticConfig,
     sac: SACConfig,
@@ -23,10 +24,16 @@ def build_learner(
     value_bounds: tuple[float, float],
     seed: int,
 ) -> LatentSAC:
-    """DSRL-SAC, DSRL-NA over a noise bank, or DSRL-NA as the paper has it (denoising in the update)."""
+    """DSRL-SAC, DSRL-NA over a noise bank, or DSRL-NA as the paper has it (denoising in the update).
+
+    Raises:
+        DsrlError: no base, for the one that asks it.
+    """
     if algorithm == "sac":
         return LatentSAC(head, critic, sac, value_bounds, seed)
-    width = base.spec.action_dim
+    width = head.config.action_dim
     if algorithm == "na":
         return NoiseAliasing(head, critic, sac, value_bounds, seed, na=na, action_dim=width)
+    if base is None:
+        raise bad("algorithm", "sac or na, which update without the base, in several processes", algorithm)
     return ExactNoiseAliasing(head, critic, sac, value_bounds, seed, na=na, action_dim=width, base=base)

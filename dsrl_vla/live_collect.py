@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,27 +15,17 @@ import torch
 
 from .collect import Collector
 from .errors import bad
-from .head import HeadInputs, SteeringHead
-from .journal import FOLDER, EpisodeRecord, Journal
+from .head import HeadInputs
+from .journal import EpisodeRecord, Journal
 from .n_step import Decision, NStepWindows
 from .observation import PROMPT, Observations
-from .policy import FrozenPolicy
-from .replay import Extras, Replay
-from .rollout import ChunkResult, VectorTask, episode_generators
+from .replay import Extras
+from .rollout import ChunkResult, episode_generators
 from .tasks.live import Ending
 from .watch import Finished
 
 log = logging.getLogger(__name__)
 _LATE_SHARE = 0.1
-
-
-def make_collector(
-    base: FrozenPolicy, head: SteeringHead, task: VectorTask, replay: Replay, out: Path, **options: Any
-) -> Collector:
-    """The collector for a task; `out` is the run's directory, where a live one keeps its journal."""
-    if task.info.live:
-        return EpisodeCollector(base, head, task, replay, journal=Journal(out / FOLDER), **options)
-    return Collector(base, head, task, replay, **options)
 
 
 @dataclass

@@ -19,6 +19,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from .critic import CriticConfig, CriticEnsemble
+from .draws import uniform
 from .errors import bad
 from .head import HeadConfig, HeadInputs, SteeringHead
 from .latent_sac import Info, LatentSAC, SACConfig
@@ -128,7 +129,7 @@ class NoiseAliasing(LatentSAC):
 
     def _update_critics(self, batch: Batch, alpha: torch.Tensor) -> Info:
         with torch.no_grad():
-            latent, log_prob = self.head.sample(batch.next_inputs, self.generator)
+            latent, log_prob = self.head.sample(batch.next_inputs, self.draws)
             value = self._next_value(batch, latent) - alpha * log_prob * self.config.backup_entropy
         loss, info = action_critic_loss(self.action_critic, value, batch, self.bounds)
         self._step("action_critic", loss)
@@ -145,7 +146,7 @@ class NoiseAliasing(LatentSAC):
         """`na.pairs` different pairs of every observation's bank, with the observation repeated for each."""
         latents, actions = batch.extras[BANK_LATENT], batch.extras[BANK_ACTION]
         size, count = latents.shape[:2]
-        chosen = torch.rand(size, count, generator=self.generator).argsort(1)[:, : self.na.pairs]
+        chosen = uniform((size, count), self.draws).argsort(1)[:, : self.na.pairs]
         rows = torch.arange(size).unsqueeze(1)
         inputs = {k: v.repeat_interleave(self.na.pairs, 0) for k, v in batch.inputs.items()}
         return inputs, latents[rows, chosen].flatten(0, 1), actions[rows, chosen].flatten(0, 1)
@@ -183,7 +184,7 @@ class ExactNoiseAliasing(NoiseAliasing):
         return self.action_target.value(batch.next_inputs, action)
 
     def _pairs(self, batch: Batch) -> Pairs:
-        latent = torch.rand(batch.latent.shape, generator=self.generator) * 2 - 1
+        latent = uniform(batch.latent.shape, self.draws) * 2 - 1
         return batch.inputs, latent, self._denoise(batch.extras, latent)
 
     def _denoise(self, extras: Extras, latent: torch.Tensor) -> torch.Tensor:

@@ -27,6 +27,7 @@ from .plain import from_plain
 from .policy import FrozenPolicy
 from .recipes import shipped
 from .rollout import TaskConfig
+from .workers.config import RolloutConfig
 
 AUTO = "auto"
 
@@ -150,6 +151,7 @@ class Recipe:
     na: NAConfig = field(default_factory=NAConfig)
     offline: OfflineConfig = field(default_factory=OfflineConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
 
     def __post_init__(self) -> None:

@@ -50,6 +50,18 @@ class Held(Protocol):
     def held(self, name: str) -> torch.Tensor: ...
 
 
+class Store(Protocol):
+    """What a collector fills; see `Replay`."""
+
+    def observe(self, inputs: HeadInputs) -> np.ndarray: ...
+
+    def attach(self, numbers: np.ndarray, extras: Extras) -> None: ...
+
+    def add(
+        self, now: np.ndarray, latent: torch.Tensor, reward: np.ndarray, discount: np.ndarray, then: np.ndarray
+    ) -> None: ...
+
+
 class Replay:
     """A ring of `capacity` transitions.
 

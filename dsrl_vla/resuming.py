@@ -19,7 +19,7 @@ def pack(trainer: Trainer) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     tensors = {f"learner.{k}": v for k, v in trainer.learner.tensors().items()}
     tensors |= {f"replay.{k}": v for k, v in replay.tensors().items()}
     tensors |= {f"collector.{k}": v for k, v in trainer.collector.tensors().items()}
-    tensors |= {f"info.{k}": torch.as_tensor(v) for k, v in trainer.info.items()}
+    tensors |= {f"info.{k}": torch.as_tensor(v) for k, v in trainer.updates.info.items()}
     tensors["torch_rng"] = torch.get_rng_state()
     state = {
         "env_steps": trainer.collector.env_steps,
@@ -27,7 +27,7 @@ def pack(trainer: Trainer) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         "observed": replay.observed,
         "added": replay.added,
         "collector": trainer.collector.state(),
-        "rng": trainer.rng.bit_generator.state,
+        "rng": trainer.updates.rng.bit_generator.state,
         "best": list(trainer.best),
         "validated": list(trainer.validated),
         "validation_env_steps": trainer.validation_env_steps,
@@ -41,9 +41,10 @@ def unpack(trainer: Trainer, tensors: Mapping[str, torch.Tensor], state: Mapping
     trainer.learner.load_tensors(part(tensors, "learner."), state["updates"])
     trainer.replay.load_tensors(part(tensors, "replay."), state["observed"], state["added"])
     trainer.collector.resume(part(tensors, "collector."), state["collector"])
-    trainer.info = part(tensors, "info.")
-    trainer.rng.bit_generator.state = state["rng"]
+    trainer.updates.info = part(tensors, "info.")
+    trainer.updates.rng.bit_generator.state = state["rng"]
     trainer.best = tuple(state["best"])
     trainer.validated.extend(state["validated"])
     trainer.validation_env_steps, trainer.seconds = state["validation_env_steps"], state["seconds"]
     torch.set_rng_state(tensors["torch_rng"])
+    trainer.updates.resumed()

@@ -18,13 +18,13 @@ import torch
 from tqdm import tqdm
 
 from . import seeds as seed_ranges
-from .errors import DsrlError
+from .collectors import make_collector
+from .errors import DsrlError, WorkerLostError
 from .evaluation import measure
-from .faults import Faults, LastGood, all_finite
+from .faults import Faults
 from .head import HeadConfig, SteeringHead
 from .interrupts import stop_requests
 from .learners import build_learner
-from .live_collect import make_collector
 from .noise_search import SearchConfig, Ticket, search_ticket
 from .offline import MixedReplay, OfflineLoader
 from .offline_sources import read_episodes
@@ -35,19 +35,27 @@ from .resuming import pack, unpack
 from .rollout import VectorTask
 from .run_dir import Metrics, load_checkpoint, save_checkpoint
 from .sources import HeadNoise
+from .team import Team
 from .tracking import Tracker
+from .updates import Updates
 from .watch import Watch, value_gap
 
 log = logging.getLogger(__name__)
-_SAMPLED_AHEAD = 32
-"""Minibatches gathered from the replay at a time."""
-_KEEP_EVERY, _OFFLINE_EVERY = 200, 1000  # updates
+_OFFLINE_EVERY = 1000  # updates
 
 
 class Trainer:
     """Owns everything that changes during a run."""
 
-    def __init__(self, recipe: Recipe, base: FrozenPolicy, task: VectorTask, held_out: VectorTask, out: Path):
+    def __init__(
+        self,
+        recipe: Recipe,
+        base: FrozenPolicy,
+        task: VectorTask,
+        held_out: VectorTask,
+        out: Path,
+        team: Team | None = None,
+    ):
         self.recipe, self.base, self.held_out, self.out = recipe, base, held_out, out
         config, sac = recipe.train, recipe.sac
         torch.manual_seed(config.seed)
@@ -68,25 +76,16 @@ class Trainer:
         )
         on_disk = out / "replay" if config.replay_on_disk else None
         self.replay = Replay(config.replay_capacity, layout.latent_shape, on_disk)
-        first_seed = seed_ranges.TRAINING * (1 + config.seed)
         self.data: Replay | MixedReplay = self.replay
         if recipe.offline.source:
             self.data = MixedReplay(self.replay, self._read_offline(), recipe.offline.share)
         self.faults = Faults(config.max_faults)
-        self.good, self.good_at = LastGood(self.learner), 0
+        self.updates = Updates(self.learner, self.data, sac.batch, config.seed, self.faults, team or Team())
+        keeper = self.learner.keeper()
         self.collector = make_collector(
-            base,
-            self.head,
-            task,
-            self.replay,
-            out,
-            sac=sac,
-            first_seed=first_seed,
-            keeper=self.learner.keeper(),
-            faults=self.faults,
+            recipe, base, self.head, task, self.replay, out, keeper=keeper, faults=self.faults
         )
         self.collector.env_steps = searched
-        self.rng = np.random.default_rng(config.seed)
         self.metrics = Metrics(out / "metrics.jsonl")
         self.base_sha256 = base.sha256()
         self.best: tuple[float, float] = (-1.0, 0.0)
@@ -96,7 +95,6 @@ class Trainer:
         self.validated: deque[float] = deque(maxlen=2)
         self.validation_env_steps = 0
         self.seconds = 0.0
-        self.info: dict[str, torch.Tensor] = {}
         self.watch = Watch(sac.target_entropy, config.validation_episodes, config.env_steps)
 
     def _warm_start(self) -> int:
@@ -121,7 +119,7 @@ class Trainer:
         bar = tqdm(
             total=config.env_steps, initial=collector.env_steps, unit="step", desc=self.recipe.name, disable=None
         )
-        with Tracker(self.recipe, self.out) as tracker, stop_requests(collector.live) as asked, bar:
+        with Tracker(self.recipe, self.out) as tracker, self.updates.team, stop_requests(collector.live) as asked, bar:
             try:
                 self._learn_offline(tracker, asked)
                 while not self.done and not asked.is_set():
@@ -134,10 +132,12 @@ class Trainer:
                     best = f"{max(0.0, self.best[0]):.2f}"
                     shown = {"success": f"{collector.success:.2f}", "best": best, "updates/s": f"{rate:.0f}"}
                     bar.set_postfix(shown, refresh=False)
-            except KeyboardInterrupt:
+            except (KeyboardInterrupt, WorkerLostError) as error:
                 asked.set()
                 if collector.whole:  # else in the middle of a decision, which is not to be saved
                     self.checkpoint()
+                if isinstance(error, WorkerLostError):
+                    raise
             else:
                 if not self.done:
                     self.checkpoint()
@@ -157,28 +157,7 @@ class Trainer:
         config = self.recipe.train
         owed = int((self.collector.decisions - config.learning_starts) * config.gradient_steps)
         if owed > 0:
-            self._update_to(self.recipe.offline.updates + owed)
-
-    def _update_to(self, count: int) -> None:
-        """Update until the learner has made `count` updates."""
-        if self.learner.updates == 0:
-            self.learner.fit_normaliser(self.data)
-        while self.learner.updates < count:
-            ahead = min(count - self.learner.updates, _SAMPLED_AHEAD)
-            for batch in self.data.batches(ahead, self.recipe.sac.batch, self.rng):
-                self.info = self.learner.update(batch)
-        self._look_for_faults()
-
-    def _look_for_faults(self, closely: bool = False) -> None:
-        """Undo updates whose losses are not finite; now and then look at all weights, and hold on to sound ones."""
-        due = closely or self.learner.updates - self.good_at >= _KEEP_EVERY
-        if all_finite(self.info) and (not due or self.good.keep()):
-            self.good_at = self.learner.updates if due else self.good_at
-            return
-        self.good.restore()
-        self.info = {}
-        undone = self.learner.updates - self.good_at
-        self.faults.add("loss", f"a loss or weight that is not finite; the last {undone} updates are undone")
+            self.updates.until(self.recipe.offline.updates + owed)
 
     def _read_offline(self) -> Replay:
         """Offline episodes as a replay, with a noise bank for every decision."""
@@ -197,7 +176,7 @@ class Trainer:
             return
         with tqdm(total=total, initial=start, unit="update", desc="offline", disable=None) as bar:
             for count in range(start + 1, total + 1):
-                self._update_to(count)
+                self.updates.until(count)
                 bar.update()
                 if asked.is_set():
                     return
@@ -234,7 +213,7 @@ class Trainer:
         }
         if not math.isnan(self.collector.success):
             row["success"] = self.collector.success
-        row |= {name: round(float(value), 5) for name, value in self.info.items()} | more
+        row |= {name: round(float(value), 5) for name, value in self.updates.info.items()} | more
         if self.learner.updates:
             row |= value_gap(self.learner.critic, self.replay, self.collector.finished)
         warnings = self.watch.see(row)
@@ -266,7 +245,7 @@ class Trainer:
 
     def checkpoint(self) -> None:
         """Write all that is needed to go on, unless it is not sound. A disk that is full does not end the run."""
-        self._look_for_faults(closely=True)
+        self.updates.look(closely=True)
         tensors, state = pack(self)
         self._try("checkpoint", lambda: save_checkpoint(self.out / "checkpoints", state["env_steps"], tensors, state))
 
@@ -304,8 +283,6 @@ class Trainer:
             self.metrics.truncate(-1)
             return
         unpack(self, *found)
-        self.good.keep()
-        self.good_at = self.learner.updates
         self.metrics.truncate(self.collector.env_steps)
         for row in self.metrics.rows():
             self.watch.see(row)

@@ -17,12 +17,14 @@ from .closing import evaluate_run
 from .errors import bad
 from .evaluation import Measure
 from .head import SteeringHead
+from .learners import build_learner
 from .plots import draw_run
 from .policy import FrozenPolicy
 from .probing import probe
 from .recipe import AUTO, Recipe, load_recipe
 from .rollout import VectorTask
 from .run_dir import disk_errors, write_json, write_text
+from .team import LaunchedTeam, join_team
 from .trainer import Trainer
 
 log = logging.getLogger(__name__)
@@ -35,8 +37,10 @@ class RunResult:
     head: SteeringHead
     """The best head, by validation."""
     evaluation: dict[str, Any] | None
-    """What ``eval.json`` holds; None when the run was interrupted."""
+    """What ``eval.json`` holds; None when the run was interrupted, and in a process that only helped."""
     out: Path
+    leads: bool = True
+    """Whether this process collected and wrote; the others of `accelerate launch` only helped."""
 
 
 def train(
@@ -61,20 +65,26 @@ def train(
         DsrlError: `out` holds another run and `resume` is off, or its recipe differs and `resume` is on; the
             base does not fit the task; the disk is still full at the end. TooManyFaultsError: more than
             ``train.max_faults`` losses, rewards or observations were not finite.
-        NotSteerableError: the base fails the probe.
+        NotSteerableError: the base fails the probe. WorkerLostError: too many rollout workers died; the state is
+            saved.
     """
-    out = Path(out)
-    _prepare(recipe, out, resume)
+    out, team = Path(out), join_team()
     torch.set_num_threads(recipe.train.threads)
+    if isinstance(team, LaunchedTeam) and not team.leads:
+        return RunResult(_follow(team, recipe), None, out, leads=False)
+    _prepare(recipe, out, resume)
     base = base or recipe.base.load()
     with contextlib.ExitStack() as stack:
-        task = stack.enter_context(VectorTask(recipe.task, base.spec.executed_steps))
         held_out = stack.enter_context(VectorTask(recipe.task, base.spec.executed_steps))
+        # Workers have environments of their own; what is asked of the task here, the other one can answer.
+        inline = recipe.rollout.backend == "inline"
+        task = stack.enter_context(VectorTask(recipe.task, base.spec.executed_steps)) if inline else held_out
         for info in task.infos:
             base.check_task(info)
         probe(base, example(task))
         recipe = resolve_layout(recipe, base, task, out)
-        trainer = Trainer(recipe, base, task, held_out, out)
+        trainer = Trainer(recipe, base, task, held_out, out, team)
+        stack.callback(trainer.collector.close)
         if resume:
             trainer.resume()
             if trainer.collector.restore():
@@ -87,6 +97,14 @@ def train(
             result = evaluate_run(trainer, head, known)
             draw_run(out, recipe, base, head, trainer.metrics.rows(), result)
     return RunResult(head, result, out)
+
+
+def _follow(team: LaunchedTeam, recipe: Recipe) -> SteeringHead:
+    """Take part in the first process's updates; return the averaged head."""
+    build = lambda config, bounds: build_learner(
+        recipe.algorithm, None, SteeringHead(config), recipe.critic, recipe.sac, recipe.na, bounds, recipe.train.seed
+    )
+    return team.follow(build)
 
 
 def resolve_layout(recipe: Recipe, base: FrozenPolicy, task: VectorTask, out: Path) -> Recipe:

@@ -119,12 +119,12 @@ def test_n_and_n_updates_are_2n_bit_for_bit(straight, fork_folder):
 
     through, first = trainer(), trainer()
     start = through.learner.updates
-    through._update_to(start + 20)
-    first._update_to(start + 10)
+    through.updates.until(start + 20)
+    first.updates.until(start + 10)
     second = trainer()
     second.learner.load_tensors({k: v.clone() for k, v in first.learner.tensors().items()}, first.learner.updates)
-    second.rng.bit_generator.state = first.rng.bit_generator.state
-    second._update_to(start + 20)
+    second.updates.rng.bit_generator.state = first.updates.rng.bit_generator.state
+    second.updates.until(start + 20)
     for name, tensor in through.learner.tensors().items():
         assert torch.equal(tensor, second.learner.tensors()[name]), name
 

@@ -353,9 +353,10 @@ def collector(base, tmp_path, script, algorithm="na", n_step=2, limit=12, **more
     """An episode collector on a scripted robot."""
     from dsrl_vla.critic import CriticConfig
     from dsrl_vla.head import HeadConfig, SteeringHead
+    from dsrl_vla.journal import FOLDER, Journal
     from dsrl_vla.latent_sac import SACConfig
     from dsrl_vla.learners import build_learner
-    from dsrl_vla.live_collect import make_collector
+    from dsrl_vla.live_collect import EpisodeCollector
     from dsrl_vla.networks import NetworkConfig
     from dsrl_vla.noise import NoiseLayout
     from dsrl_vla.noise_aliasing import NAConfig
@@ -370,7 +371,8 @@ def collector(base, tmp_path, script, algorithm="na", n_step=2, limit=12, **more
     path = write_file(tmp_path, script, **more)
     task = VectorTask(TaskConfig(f"robot:{path}", limit, num_envs=1), base.spec.executed_steps)
     replay = Replay(500, head.layout.latent_shape)
-    made = make_collector(base, head, task, replay, tmp_path / "run", sac=sac, first_seed=100, keeper=learner.keeper())
+    journal, keeper = Journal(tmp_path / "run" / FOLDER), learner.keeper()
+    made = EpisodeCollector(base, head, task, replay, journal=journal, sac=sac, first_seed=100, keeper=keeper)
     return made, replay
 
 

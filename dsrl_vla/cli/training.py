@@ -48,6 +48,8 @@ def run_train(argv: list[str]) -> int:
     from ..training import train
 
     result = train(recipe, out, resume=args.resume)
+    if not result.leads:
+        return 0
     if result.evaluation is None:
         return 130
     print(summary(result.evaluation))

@@ -1,0 +1,1 @@
+"""Collection by other processes while the learner learns: on this machine, or wherever Ray runs."""

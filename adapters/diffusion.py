@@ -1,8 +1,8 @@
 """``diffusion:<folder>``: a state-conditioned diffusion policy, an MLP sampled by a scheduler of diffusers.
 
-On disk: ``config.json``, ``model.safetensors`` and ``scheduler/scheduler_config.json`` as diffusers writes it. The bases
-that ship with the package go by name, such as ``diffusion:hopper``. Sampling is DDIM with eta 0: what decides the action
-is the initial noise alone.
+On disk: ``config.json``, ``model.safetensors`` and ``scheduler/scheduler_config.json`` as diffusers writes it. The
+bases that ship with the package go by name, such as ``diffusion:hopper``. Sampling is DDIM with eta 0: what decides
+the action is the initial noise alone.
 """
 
 from __future__ import annotations
@@ -208,8 +208,8 @@ def _load_scheduler(source: str, path: Path) -> Any:
     refuse_unsteerable(source, {"scheduler": kind})
     if kind != "DDIMScheduler":
         raise NotSteerableError(
-            f"{source}: expected a DDIMScheduler, whose initial noise decides the action, got '{kind}'. A model trained "
-            "on the same noise schedule can be sampled with it: put its name in scheduler_config.json, and measure it."
+            f"{source}: expected a DDIMScheduler, whose initial noise decides the action, got '{kind}'. A model "
+            "trained on the same noise schedule can be sampled with it: put its name in the file, and measure it."
         )
     return _ddim_scheduler().from_config(raw)
 

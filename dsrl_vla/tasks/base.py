@@ -17,7 +17,6 @@ import numpy as np
 from ..errors import bad
 from ..observation import IMAGE_PREFIX, STATE
 
-
 Measured = Literal["success", "return"]
 
 
@@ -34,7 +33,7 @@ class TaskInfo:
     reward_range: tuple[float, float] = (-1.0, 0.0)
     """Least and greatest reward of a step: what bounds a value estimate."""
     measure: Measured = "success"
-    """What counts, and is compared: the share of episodes that succeed, or, where nothing is a success, their return."""
+    """What counts: the share of episodes that succeed or, where nothing is a success, their return."""
     live: bool = False
     """Whether an operator stands beside it; see `dsrl_vla.tasks.live`."""
 

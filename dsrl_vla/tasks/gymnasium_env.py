@@ -1,8 +1,8 @@
 """``gymnasium:<id>``: any registered Gymnasium environment with vectors for observations and actions.
 
-State, float32 (S,): the environment's observation. Action, float32 (A,): its own, cut to its box. Reward: its own. There
-is no success in it: such a task is measured by the return of whole episodes. The time limit is the task's, so that an
-episode that ran out of time can be told from one that ended; an environment that cuts an episode short itself is heard.
+State, float32 (S,): the environment's observation. Action, float32 (A,): its own, cut to its box. Reward: its own.
+There is no success in it: such a task is measured by the return of whole episodes. The time limit is the task's, so
+that an episode that ran out of time can be told from one that ended; an environment that cuts one short is heard.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class GymnasiumTask(TaskEnv):
 
     def __init__(self, env: gym.Env, max_episode_steps: int, uri: str):
         self.env = env
-        state, action = (_width(uri, n, s) for n, s in (("observation", env.observation_space), ("action", env.action_space)))
+        state, action = _width(uri, "observation", env.observation_space), _width(uri, "action", env.action_space)
         self.info = TaskInfo(
             uri, "", max_episode_steps, state, action, reward_range=(-math.inf, math.inf), measure="return"
         )

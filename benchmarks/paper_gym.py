@@ -53,8 +53,8 @@ SB3 = {
 """The paper's (facts of its code: three hidden layers of tanh, gamma per chunk, target entropy 0), one update per
 decision. One environment: `NoiseEnv` is one."""
 Curve = list[list[float]]
-"""[environment steps, seconds of training, mean return of the validation episodes]. Of ours the seconds are the
-trainer's own clock, validation included up to the point before; of sb3 they are `learn` alone."""
+"""[environment steps, seconds, mean return of the validation episodes]; the seconds are wall time, validation before
+the point included."""
 
 
 @dataclass(frozen=True)
@@ -119,13 +119,13 @@ def run_sb3(recipe: Recipe, out: Path) -> tuple[dict[str, Any], NoiseSource]:
     kwargs = SB3 | {"policy_kwargs": SB3["policy_kwargs"] | {"activation_fn": torch.nn.Tanh}}  # type: ignore[operator]
     model = SAC(env=Seeded(env, first), seed=config.seed, device="cpu", **kwargs)  # type: ignore[arg-type]
     curve: Curve = []
-    best, seconds, at = -np.inf, 0.0, 0
+    best, at, start = -np.inf, 0, time.perf_counter()
     seeds = ranges.block(ranges.VALIDATION, config.validation_episodes)
     with VectorTask(recipe.task, base.spec.executed_steps) as held_out:
         while at < config.env_steps:
-            start, steps = time.perf_counter(), config.validate_every // base.spec.executed_steps
+            steps = config.validate_every // base.spec.executed_steps
             model.learn(steps, reset_num_timesteps=not curve)
-            seconds, at = seconds + time.perf_counter() - start, at + config.validate_every
+            at, seconds = at + config.validate_every, time.perf_counter() - start
             found = measure(base, held_out, PolicyNoise(model.policy, layout), seeds).mean
             curve.append([at, round(seconds, 1), round(found, 1)])
             print("sb3", *curve[-1], flush=True)
@@ -156,7 +156,9 @@ def run(task: str, variant: str, seed: int, args: Args) -> tuple[dict[str, Any],
     out = RUNS / f"{task}-{variant}-{seed}"
     known = base_measures(RUNS / f"{task}-base.json", recipe)
     torch.set_num_threads(1)
+    clock = time.process_time()
     found, source = RUN[variant](recipe, out)
+    found["cpu_seconds"] = round(time.process_time() - clock, 1)  # of a resumed run, of the rest alone
     base: FrozenPolicy = recipe.base.load()
     episodes = ranges.block(ranges.EVALUATION, recipe.eval.episodes)
     with VectorTask(recipe.task, base.spec.executed_steps) as held_out:

@@ -156,9 +156,10 @@ def run(task: str, variant: str, seed: int, args: Args) -> tuple[dict[str, Any],
     out = RUNS / f"{task}-{variant}-{seed}"
     known = base_measures(RUNS / f"{task}-base.json", recipe)
     torch.set_num_threads(1)
-    clock = time.process_time()
+    clock, resumed = time.process_time(), (out / "recipe.yaml").exists()
     found, source = RUN[variant](recipe, out)
-    found["cpu_seconds"] = round(time.process_time() - clock, 1)  # of a resumed run, of the rest alone
+    if not resumed:
+        found["cpu_seconds"] = round(time.process_time() - clock, 1)
     base: FrozenPolicy = recipe.base.load()
     episodes = ranges.block(ranges.EVALUATION, recipe.eval.episodes)
     with VectorTask(recipe.task, base.spec.executed_steps) as held_out:

@@ -14,7 +14,7 @@ OPENPI_BIN := $(OPENPI_VENV)/bin
 OUT ?= runs/demo
 JOBS ?= auto
 
-.PHONY: demo test lint bench bench-metaworld lerobot-env test-lerobot openpi-env test-openpi clean
+.PHONY: demo test lint bench bench-metaworld paper lerobot-env test-lerobot openpi-env test-openpi clean
 .DEFAULT_GOAL := help
 
 help:
@@ -25,6 +25,7 @@ help:
 	@echo "make openpi-env   an environment with openpi, in $(OPENPI_VENV) (2 GB)"
 	@echo "make bench  measure speed and memory against their goals (about an hour)"
 	@echo "make bench-metaworld   the README's table again (about two hours on two cores)"
+	@echo "make paper  the paper's Gym benchmark, three seeds of what is missing, and benchmarks/REPORT.md (about four hours)"
 
 $(VENV)/ready: setup.cfg pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -78,6 +79,11 @@ bench: $(VENV)/ready
 	-$(BIN)/python -m pip install --quiet -e ".[ray]" && $(BIN)/python benchmarks/bench_scaling.py
 	-$(BIN)/python benchmarks/bench_demo.py
 	$(BIN)/python benchmarks/report.py
+
+# Runs that benchmarks/results/paper_gym.json holds are not repeated.
+paper: $(VENV)/ready
+	$(BIN)/python benchmarks/paper_gym.py
+	$(BIN)/python benchmarks/paper_report.py
 
 bench-metaworld: $(VENV)/ready
 	$(BIN)/python benchmarks/steer_metaworld.py

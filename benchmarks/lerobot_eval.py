@@ -20,7 +20,7 @@ from typing import Any
 
 import tyro
 from dsrl_vla import seeds
-from dsrl_vla.evaluation import wilson
+from dsrl_vla.measures import wilson
 from dsrl_vla.run_dir import write_json
 
 ROOT = Path(__file__).parent

@@ -11,7 +11,9 @@ from typing import Any
 
 from .artefact import CURVES, EVAL, RECIPE, VIDEO
 from .head_config import HeadConfig
+from .measures import shown, shown_gain, value, yardstick
 
+_METRICS = {"success": "success_rate", "return": "mean_return"}
 _HUB_ID = re.compile(r"[\w.-]{1,96}/[\w.-]{1,96}")
 
 
@@ -72,20 +74,25 @@ def _metadata(config: HeadConfig, result: dict[str, Any] | None) -> Any:
 
 
 def _eval_results(result: dict[str, Any]) -> list[Any]:
-    """Success of the steered and of the bare base, with episodes, seeds and intervals."""
+    """Of the steered and of the bare base, with episodes, seeds and intervals."""
     from huggingface_hub import EvalResult
 
     first, last = result["seeds"]
+    kind = yardstick(result["base"])
     return [
         EvalResult(
             task_type="robotics",
             dataset_type=result["task"],
             dataset_name=f"{result['task']}, {result['episodes']} held-out episodes",
             dataset_args={"episodes": result["episodes"], "first_seed": first, "last_seed": last},
-            metric_type="success_rate",
-            metric_name=f"success rate, {name}",
-            metric_value=result[key]["success"],
-            metric_args={"interval": "Wilson, 95 %", "low": result[key]["ci95"][0], "high": result[key]["ci95"][1]},
+            metric_type=_METRICS[kind.name],
+            metric_name=f"{_METRICS[kind.name].replace('_', ' ')}, {name}",
+            metric_value=value(result[key]),
+            metric_args={
+                "interval": f"{kind.interval_name}, 95 %",
+                "low": result[key]["ci95"][0],
+                "high": result[key]["ci95"][1],
+            },
         )
         for name, key in (("steered", "steered"), ("base alone", "base"))
     ]
@@ -98,7 +105,7 @@ def _results(result: dict[str, Any], folder: Path) -> str:
     rows["**steered**"] = result["steered"]
     if "steered_stochastic" in result:
         rows["steered, stochastic"] = result["steered_stochastic"]
-    gain, counts = result["difference"], []
+    counts, kind = [], yardstick(result["base"])
     for key, words in (("env_steps", "environment steps"), ("updates", "updates"), ("train_seconds", "seconds")):
         if key in result:
             counts.append(f"{result[key]:,g} {words}" if key == "train_seconds" else f"{result[key]:,} {words}")
@@ -106,14 +113,14 @@ def _results(result: dict[str, Any], folder: Path) -> str:
     lines = [
         "## Results",
         "",
-        f"Success over {result['episodes']} held-out episodes (seeds {first} to {last}, the same for every row, never "
-        f"trained on), with Wilson 95 % intervals. One training run.{trained}",
+        f"{kind.name.capitalize()} over {result['episodes']} held-out episodes (seeds {first} to {last}, the same for "
+        f"every row, never trained on), with {kind.interval_name} 95 % intervals. One training run.{trained}",
         "",
-        "| noise | success | 95 % interval |",
+        f"| noise | {kind.name} | 95 % interval |",
         "|---|---|---|",
-        *(f"| {k} | {m['success']:.2f} | [{m['ci95'][0]:.2f}, {m['ci95'][1]:.2f}] |" for k, m in rows.items()),
+        *(f"| {k} | {' | '.join(shown(m))} |" for k, m in rows.items()),
         "",
-        f"Steered less base, paired: {gain['mean']:+.2f} [{gain['ci95'][0]:+.2f}, {gain['ci95'][1]:+.2f}].",
+        f"Steered less base, paired: {' '.join(shown_gain(result))}.",
         "",
     ]
     if (folder / CURVES).is_file():

@@ -95,7 +95,9 @@ class Collector(AnyCollector):
         result = self.task.step(chunks.numpy())
         sound &= np.isfinite(result.rewards).all(1) & seen_rows(result.observations)
         reward = self.sac.chunk_reward(result.rewards, result.steps)
-        discount = np.where(result.terminated, 0.0, self.sac.gamma**result.steps)
+        if self.sac.timeouts == "terminal":
+            result.terminated |= result.truncated
+        discount = np.where(result.terminated, 0.0, self.sac.chunk_discount(result.steps))
         self.env_steps += int(result.steps.sum())
         self.decisions += count
         for row in np.flatnonzero(sound):

@@ -2,46 +2,50 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from statistics import NormalDist
 from typing import Any
 
 import numpy as np
 
 from . import seeds as seed_ranges
 from .head import SteeringHead
+from .measures import YARDSTICKS, Yardstick, bootstrap, shown
 from .noise import NoiseLayout
 from .pairing import check_pair
 from .policy import FrozenPolicy
 from .rollout import Episode, TaskConfig, VectorTask, run_episodes
 from .sources import HeadNoise, LayoutNoise, NoiseSource, PriorNoise, ZeroNoise
 
-_Z = NormalDist().inv_cdf(0.975)
 RUN_FACTS = ("recipe", "train_seed", "env_steps", "validation_env_steps", "updates", "train_seconds", "warnings")
 """What ``eval.json`` says of the run itself, beside what `evaluate` measures."""
 
 
-def wilson(successes: int, episodes: int) -> tuple[float, float]:
-    """Wilson's 95 % interval of a success rate."""
-    if episodes == 0:
-        return 0.0, 1.0
-    p, z2 = successes / episodes, _Z**2 / episodes
-    centre, half = p + z2 / 2, _Z * math.sqrt(p * (1 - p) / episodes + z2 / (4 * episodes))
-    return max(0.0, (centre - half) / (1 + z2)), min(1.0, (centre + half) / (1 + z2))
-
-
 @dataclass(frozen=True)
 class Measure:
-    """Success of one way of picking noise."""
+    """How one way of picking noise did, by what counts on its task."""
 
     episodes: tuple[Episode, ...]
+
+    @property
+    def yardstick(self) -> Yardstick:
+        """What counts."""
+        return YARDSTICKS[self.episodes[0].measure]
+
+    @property
+    def scores(self) -> np.ndarray:
+        """Of every episode, float64 (N,)."""
+        return np.array([self.yardstick.score(e) for e in self.episodes])
 
     @property
     def success(self) -> float:
         """Share of successful episodes."""
         return float(np.mean([e.success for e in self.episodes]))
+
+    @property
+    def mean(self) -> float:
+        """Share of successful episodes, or mean return."""
+        return float(self.scores.mean())
 
     def by_task(self) -> dict[str, Measure]:
         """One measure for each task played."""
@@ -51,18 +55,16 @@ class Measure:
         return {uri: Measure(tuple(episodes)) for uri, episodes in found.items()}
 
     def to_json(self) -> dict[str, Any]:
-        """``{"success", "ci95", "mean_steps"}``."""
-        low, high = wilson(sum(e.success for e in self.episodes), len(self.episodes))
+        """``{"success" or "return", "ci95", "mean_steps"}``."""
+        ends = [round(end, self.yardstick.decimals) for end in self.yardstick.interval(self.scores)]
         steps = float(np.mean([e.steps for e in self.episodes]))
-        return {"success": self.success, "ci95": [round(low, 4), round(high, 4)], "mean_steps": round(steps, 1)}
+        return {self.yardstick.name: self.mean, "ci95": ends, "mean_steps": round(steps, 1)}
 
 
 def paired_difference(a: Measure, b: Measure) -> dict[str, Any]:
-    """Success of `b` less that of `a` over the same episodes, with a bootstrap interval."""
-    gain = np.array([y.success - float(x.success) for x, y in zip(a.episodes, b.episodes, strict=True)])
-    rng = np.random.default_rng(0)
-    means = gain[rng.integers(0, len(gain), (10_000, len(gain)))].mean(1)
-    return {"mean": float(gain.mean()), "ci95": [round(float(q), 4) for q in np.quantile(means, (0.025, 0.975))]}
+    """Mean of `b` less that of `a` over the same episodes, with a bootstrap interval."""
+    gain = b.scores - a.scores
+    return {"mean": float(gain.mean()), "ci95": [round(end, 4) for end in bootstrap(gain)]}
 
 
 def control_sources(base: FrozenPolicy, layout: NoiseLayout) -> dict[str, NoiseSource]:
@@ -123,8 +125,8 @@ def evaluate(
 
     Returns:
         ``{"task", "episodes", "seeds", "base", "steered", "steered_stochastic", "controls", "difference"}``;
-        success in [0, 1], ``ci95`` as [low, high]. Of several tasks: all their episodes pooled, and each task on
-        its own under ``tasks``.
+        success in [0, 1], or return, ``ci95`` as [low, high]. Of several tasks: all their episodes pooled, and each
+        task on its own under ``tasks``.
     """
     check_pair(head.config, base)
     seeds = seed_ranges.block(first_seed, episodes)
@@ -171,6 +173,6 @@ def summary(result: dict[str, Any]) -> str:
     base, steered = result["base"], result["steered"]
     first, last = result["seeds"]
     return (
-        f"{result['task']}: base {base['success']:.2f} {base['ci95']}, steered {steered['success']:.2f} "
-        f"{steered['ci95']} over {result['episodes']} held-out episodes (seeds {first} to {last})"
+        f"{result['task']}: base {' '.join(shown(base))}, steered {' '.join(shown(steered))} over "
+        f"{result['episodes']} held-out episodes (seeds {first} to {last})"
     )

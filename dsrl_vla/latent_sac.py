@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -33,6 +33,10 @@ class SACConfig:
 
     gamma: float = 0.99
     """Discount per environment step."""
+    discount: Literal["step", "chunk"] = "step"
+    """What gamma counts: environment steps; or chunks, as in the reference, whose rewards are then plainly summed."""
+    timeouts: Literal["bootstrap", "terminal"] = "bootstrap"
+    """What follows an episode that ran out of time: what would have followed; or nothing, as in the reference."""
     reward_offset: float = 1.0
     """Added to every step's reward. With 1, a task of -1 per step and 0 at success reads 0 and 1: values start
     where failure is and only success moves them."""
@@ -70,15 +74,22 @@ class SACConfig:
                 raise bad(f"sac.{name}", "above 0", getattr(self, name))
 
     def chunk_reward(self, rewards: np.ndarray, steps: np.ndarray) -> np.ndarray:
-        """sum_i gamma^i (r_i + offset) scale over the steps really executed: (B, k), (B,) -> (B,)."""
+        """sum_i gamma^i (r_i + offset) scale over the steps really executed: (B, k), (B,) -> (B,); gamma is 1 within
+        a chunk where `discount` says "chunk"."""
         i = np.arange(rewards.shape[1])
         executed = i < steps[:, None]
-        return self.reward_scale * ((rewards + self.reward_offset) * executed * self.gamma**i).sum(1)
+        within = self.gamma if self.discount == "step" else 1.0
+        return self.reward_scale * ((rewards + self.reward_offset) * executed * within**i).sum(1)
 
-    def value_bounds(self, reward_range: tuple[float, float]) -> tuple[float, float]:
-        """The least and greatest value that rewards in `reward_range` can add up to, forever."""
+    def chunk_discount(self, steps: np.ndarray) -> np.ndarray:
+        """What the bootstrap after chunks of so many executed steps is discounted by: (B,) -> (B,)."""
+        return self.gamma ** (steps if self.discount == "step" else np.ones_like(steps))
+
+    def value_bounds(self, reward_range: tuple[float, float], chunk: int = 1) -> tuple[float, float]:
+        """The least and greatest value that rewards in `reward_range` can add up to, forever, in chunks of `chunk`."""
+        most = (1 if self.discount == "step" else chunk) / (1 - self.gamma)
         low, high = (self.reward_scale * (r + self.reward_offset) for r in reward_range)
-        return min(low, low / (1 - self.gamma)), max(high, high / (1 - self.gamma))
+        return min(low, low * most), max(high, high * most)
 
 
 def critic_loss(

@@ -227,7 +227,7 @@ class EpisodeCollector(Collector):
             else:
                 windows.observed(np.array([0]), numbers[i : i + 1])
             over = record.terminated and i == len(record) - 1
-            discount = 0.0 if over else self.sac.gamma ** int(steps[i])
+            discount = 0.0 if over else float(self.sac.chunk_discount(steps[i]))
             decision = Decision(int(numbers[i]), record.decisions["latent"][i], float(reward[i]), discount)
             if not human[i] or self.keeper.learns_from_actions:
                 windows.push(0, decision)

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -122,6 +123,10 @@ class NetworkConfig:
     layers: int = 2
     heads: int = 4
     """Attention heads (transformer only)."""
+    activation: Literal["relu", "tanh"] = "relu"
+    """Of the MLP; tanh is the reference's (mlp only)."""
+    norm: bool = True
+    """LayerNorm before every activation of the MLP (mlp only)."""
 
     def __post_init__(self) -> None:
         if self.kind not in ("transformer", "mlp"):
@@ -130,6 +135,11 @@ class NetworkConfig:
             raise bad("network.width", f"a multiple of network.heads={self.heads}, 8 or more", self.width)
         if self.layers < 1:
             raise bad("network.layers", "1 or more", self.layers)
+        if self.activation not in ("relu", "tanh"):
+            raise bad("network.activation", "relu or tanh", f"'{self.activation}'")
+        if self.kind == "transformer" and (self.activation, self.norm) != ("relu", True):
+            what = f"activation {self.activation}, norm {self.norm}"
+            raise bad("network.kind", "mlp with network.activation or network.norm changed", f"a transformer, {what}")
 
 
 @dataclass(frozen=True)
@@ -189,14 +199,15 @@ class Transformer(nn.Module):
 
 
 class MLP(nn.Module):
-    """The plain alternative: everything concatenated, `layers` + 1 layers of LayerNorm and ReLU."""
+    """The plain alternative: everything concatenated, `layers` + 1 layers of LayerNorm and ReLU, or what is set."""
 
     def __init__(self, config: NetworkConfig, shape: Shape):
         super().__init__()
         members, (count, dim) = shape.members, shape.vectors
         sizes = [sum(shape.inputs) + count * dim] + [config.width] * (config.layers + 1)
         self.layers = nn.ModuleList(StackedLinear(members, a, b) for a, b in pairwise(sizes))
-        self.norms = nn.ModuleList(StackedNorm(members, size) for size in sizes[1:])
+        self.norms = nn.ModuleList(StackedNorm(members, size) if config.norm else nn.Identity() for size in sizes[1:])
+        self.activate = torch.relu_ if config.activation == "relu" else torch.tanh
         self.read = StackedLinear(members, config.width, shape.queries * shape.outputs, gain=0.1)
         self.shape = (shape.queries, shape.outputs)
 
@@ -204,7 +215,7 @@ class MLP(nn.Module):
         """inputs: [(E, B, size)], vectors: (E, B, n, d) or None -> (E, B, queries, outputs)."""
         x = torch.cat([*inputs, vectors.flatten(2)] if vectors is not None else inputs, -1)
         for layer, norm in zip(self.layers, self.norms, strict=True):
-            x = norm(layer(x)).relu_()
+            x = self.activate(norm(layer(x)))
         return self.read(x).view(*x.shape[:2], *self.shape)
 
 

@@ -17,7 +17,7 @@ import torch
 
 from . import seeds as seed_ranges
 from .errors import bad
-from .evaluation import measure, paired_difference
+from .evaluation import Measure, measure, paired_difference
 from .head import SteeringHead
 from .noise import NoiseLayout, generators
 from .noise_aliasing import ActionCritic
@@ -131,7 +131,7 @@ def search_ticket(
     drawn[0] = 0.0
     played: dict[int, list[Episode]] = {i: [] for i in range(config.candidates)}
     alive, rounds, steps = list(played), [], 0
-    merit = lambda i: (np.mean([e.success for e in played[i]]), -np.mean([e.steps for e in played[i]]))
+    merit = lambda i: (Measure(tuple(played[i])).mean, -np.mean([e.steps for e in played[i]]))
     for number, count in enumerate(config.rounds):
         alive = alive[:count]
         seeds = seed_ranges.block(seed_ranges.SEARCH + number * config.episodes, config.episodes)

@@ -141,7 +141,7 @@ class OfflineLoader:
             if last and not over:  # nobody saw what followed
                 windows.truncated(0, int(numbers[i]))
                 return
-            discount = 0.0 if last else self.sac.gamma ** int(steps[i])
+            discount = 0.0 if last else float(self.sac.chunk_discount(steps[i]))
             windows.push(0, Decision(int(numbers[i]), blank, float(reward[i]), discount))
         windows.terminated(0)
 

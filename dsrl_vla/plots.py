@@ -12,6 +12,7 @@ import numpy as np
 from . import seeds as seed_ranges
 from .errors import missing_extra
 from .head import SteeringHead
+from .measures import YARDSTICKS, value, yardstick
 from .policy import FrozenPolicy
 from .recipe import Recipe
 from .rollout import TaskConfig, episode_generators
@@ -24,7 +25,7 @@ _STEERED, _BASE = "#0b6e99", "#b5651d"
 
 
 def draw_curves(path: Path, rows: list[dict[str, Any]], result: dict[str, Any] | None) -> None:
-    """Draw success against environment steps, with the base's success and the final evaluation, as a PNG."""
+    """Draw success (or return) against environment steps, with the base's and the final evaluation, as a PNG."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -32,18 +33,21 @@ def draw_curves(path: Path, rows: list[dict[str, Any]], result: dict[str, Any] |
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.6), width_ratios=(1.6, 1))
     train = [(r["env_steps"], r["success"]) for r in rows if "success" in r]
-    held = [(r["env_steps"], r["validation_success"]) for r in rows if "validation_success" in r]
+    what = next((name for name in YARDSTICKS if any(f"validation_{name}" in r for r in rows)), "success")
+    held = [(r["env_steps"], r[f"validation_{what}"]) for r in rows if f"validation_{what}" in r]
     if train:
         left.plot(*zip(*train, strict=True), color=_STEERED, alpha=0.35, label="training, last 50 episodes")
     if held:
         left.plot(*zip(*held, strict=True), "o-", color=_STEERED, label="validation, deterministic head")
     if result:
         base = result["base"]
-        left.axhline(base["success"], color=_BASE, ls="--", label="base")
+        left.axhline(value(base), color=_BASE, ls="--", label="base")
         left.axhspan(*base["ci95"], color=_BASE, alpha=0.12)
         left.set_title(result["task"], fontsize=10)
         _bars(right, result)
-    left.set(xlabel="environment steps", ylabel="success", ylim=(-0.03, 1.03))
+    left.set(xlabel="environment steps", ylabel=what)
+    if what == "success":
+        left.set(ylim=(-0.03, 1.03))
     left.legend(fontsize=8, loc="lower right")
     figure.tight_layout()
     figure.savefig(path, dpi=130)
@@ -53,13 +57,16 @@ def draw_curves(path: Path, rows: list[dict[str, Any]], result: dict[str, Any] |
 def _bars(axis: Any, result: dict[str, Any]) -> None:
     named = {"base": result["base"]} | {f"{k} noise": v for k, v in result["controls"].items()}
     named |= {"steered": result["steered"], "steered,\nstochastic": result["steered_stochastic"]}
-    heights = np.array([m["success"] for m in named.values()])
+    heights = np.array([value(m) for m in named.values()])
     low, high = np.array([m["ci95"] for m in named.values()]).T
     colours = [_STEERED if name.startswith("steered") else _BASE for name in named]
     errors = np.clip([heights - low, high - heights], 0, None)
     axis.barh(list(named), heights, xerr=errors, color=colours, alpha=0.85, capsize=3)
     axis.invert_yaxis()
-    axis.set(xlim=(0, 1.03), xlabel=f"success, {result['episodes']} held-out episodes")
+    what = yardstick(result["base"]).name
+    axis.set(xlabel=f"{what}, {result['episodes']} held-out episodes")
+    if what == "success":
+        axis.set(xlim=(0, 1.03))
     axis.tick_params(labelsize=8)
 
 
@@ -79,7 +86,7 @@ def film(
             _, success, terminated = env.advance(row)
             steps += 1
             frames.append(env.frame(size))
-            over = terminated or steps >= max_episode_steps
+            over = terminated or env.cut_short or steps >= max_episode_steps
             if over:
                 break
         observation = env.observe()

@@ -17,6 +17,7 @@ from .observation import PROMPT, Observations
 from .policy import FrozenPolicy
 from .sources import NoiseSource
 from .tasks import ChunkEnv, TaskInfo, make_task
+from .tasks.base import Measured
 from .tasks.live import VOID
 
 VectorMode = Literal["sync", "async"]
@@ -165,6 +166,8 @@ class Episode:
     reward: float
     task: str = ""
     """The task's URI."""
+    measure: Measured = "success"
+    """What counts there; see `dsrl_vla.measures`."""
 
 
 def episode_generators(seeds: Sequence[int], trial: int = 0) -> list[torch.Generator]:
@@ -213,7 +216,9 @@ def run_episodes(
             if not result.void[i]:
                 if seed is not None:
                     success = bool(result.success[i] and not helped[i])
-                    done[uri, seed] = Episode(seed, success, int(steps[i]), float(rewards[i]), uri)
+                    done[uri, seed] = Episode(
+                        seed, success, int(steps[i]), float(rewards[i]), uri, task.infos[i].measure
+                    )
                     on_episode(done[uri, seed])
                 now[i] = take(i)
             fresh[i] = filler if now[i] is None else now[i]

@@ -12,6 +12,7 @@ import yaml
 
 from .artefact import EVAL, RECIPE
 from .hub import SHELF, shipped_heads
+from .measures import shown
 from .recipe import Recipe, load_recipe
 from .recipes import shipped
 
@@ -59,9 +60,8 @@ def _anonymous(recipe: Recipe) -> Recipe:
 def _head_figures(path: Path) -> str:
     result = json.loads(path.read_text())
     base, steered = result["base"], result["steered"]
-    low, high = steered["ci95"]
     return (
-        f"base {base['success']:.2f}, steered {steered['success']:.2f} [{low:.2f}, {high:.2f}] "
+        f"base {shown(base)[0]}, steered {' '.join(shown(steered))} "
         f"of {result['episodes']} episodes, training seed {result['train_seed']}"
     )
 

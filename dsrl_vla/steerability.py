@@ -16,7 +16,8 @@ import numpy as np
 
 from . import seeds as seed_ranges
 from .errors import bad
-from .evaluation import Measure, measure, wilson
+from .evaluation import Measure, measure
+from .measures import wilson
 from .noise import NoiseLayout, generators
 from .policy import FrozenPolicy
 from .probing import probe
@@ -59,6 +60,9 @@ def conditions(base: FrozenPolicy, config: PreflightConfig) -> dict[str, NoiseSo
     return found
 
 
+_BY_HAND = "Set noise.layout and noise.bound in the recipe, and compare their runs."
+
+
 def preflight(
     base: FrozenPolicy,
     task: VectorTask,
@@ -73,6 +77,8 @@ def preflight(
     config = config or PreflightConfig()
     for info in task.infos:
         base.check_task(info)
+        if info.measure != "success":
+            raise bad("preflight", "a task that can succeed", f"{info.uri}, measured by its {info.measure}", _BY_HAND)
     observation = example(task)
     report = probe(base, observation)
     seeds = seed_ranges.block(seed_ranges.PREFLIGHT, config.episodes)
@@ -139,19 +145,19 @@ def recommend(
     difference) is taken, since fewer dimensions are learnt faster. Of the harmless bounds, the one that keeps
     closest to where the base's own noise lies (`typical_bound`).
     """
-    own, n = found["base"].success, config.episodes
+    own, n = found["base"].mean, config.episodes
     error = np.sqrt(max(own * (1 - own), 0.25 / n) * 2 / n)
     size = {name: NoiseLayout(base.spec.noise, name, 1.0).latent_shape[0] for name in config.layouts}
     reach = {name: headroom[f"layout {name}"]["success"] for name in config.layouts}
     most = max(reach.values())
     spread = np.sqrt(max(most * (1 - most), 0.25 / n) * 2 / n)
     layout = min((name for name in config.layouts if reach[name] >= most - spread), key=lambda name: size[name])
-    bounds = {b: found[f"clipped {b:g}"].success for b in config.bounds if f"clipped {b:g}" in found}
+    bounds = {b: found[f"clipped {b:g}"].mean for b in config.bounds if f"clipped {b:g}" in found}
     harmless = [b for b, success in bounds.items() if success >= max(bounds.values()) - error]
     vectors, columns = NoiseLayout(base.spec.noise, layout, 1.0).latent_shape
     bound = min(harmless, key=lambda b: abs(b - typical_bound(vectors * columns)), default=1.0)
     words = []
-    zero, best = found["zero"].success, headroom["base"]["success"]
+    zero, best = found["zero"].mean, headroom["base"]["success"]
     saturated, hopeless = own >= 0.95, max(best, zero) <= own + 0.02
     if saturated:
         words.append(f"The base already succeeds in {own:.0%} of episodes: steering has next to nothing to gain.")

@@ -7,16 +7,17 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from .measures import shown, shown_gain, yardstick
+
 
 def _row(name: str, measure: dict[str, Any]) -> tuple[str, str, str]:
-    low, high = measure["ci95"]
-    return name, f"{measure['success']:.2f}", f"[{low:.2f}, {high:.2f}]"
+    return name, *shown(measure)
 
 
-def _table(title: str, rows: list[tuple[str, str, str]]) -> Table:
+def _table(title: str, what: str, rows: list[tuple[str, str, str]]) -> Table:
     table = Table(title=title)
     table.add_column("noise")
-    table.add_column("success", justify="right")
+    table.add_column(what, justify="right")
     table.add_column("95 % interval", justify="right")
     for row in rows:
         table.add_row(*row)
@@ -29,7 +30,7 @@ def print_preflight(result: dict[str, Any]) -> None:
     best = result["best_of"]
     rows += [_row(f"{name}, best of {best['k']}", m) for name, m in best.items() if name != "k"]
     console = Console()
-    console.print(_table(f"{result['base']} on {result['task']}, {result['episodes']} episodes", rows))
+    console.print(_table(f"{result['base']} on {result['task']}, {result['episodes']} episodes", "success", rows))
     advice = result["recommendation"]
     console.print(f"noise sensitivity of the executed actions: {result['noise_sensitivity']:.3f}")
     console.print(advice["words"])
@@ -38,12 +39,11 @@ def print_preflight(result: dict[str, Any]) -> None:
 
 def print_evaluation(result: dict[str, Any]) -> None:
     """Print a paired evaluation."""
-    rows = [_row("base", result["base"])]
+    rows, what = [_row("base", result["base"])], yardstick(result["base"]).name
     rows += [_row(f"control: {name}", m) for name, m in result["controls"].items()]
     rows += [_row("steered", result["steered"]), _row("steered, stochastic", result["steered_stochastic"])]
     console = Console()
-    console.print(_table(f"{result['task']}, {result['episodes']} held-out episodes", rows))
-    gain = result["difference"]
+    console.print(_table(f"{result['task']}, {result['episodes']} held-out episodes", what, rows))
     for uri, each in result.get("tasks", {}).items():
-        console.print(_table(uri, [_row("base", each["base"]), _row("steered", each["steered"])]))
-    console.print(f"steered less base, paired: {gain['mean']:+.2f} {gain['ci95']}")
+        console.print(_table(uri, what, [_row("base", each["base"]), _row("steered", each["steered"])]))
+    console.print(f"steered less base, paired: {' '.join(shown_gain(result))}")

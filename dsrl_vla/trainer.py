@@ -19,12 +19,13 @@ from tqdm import tqdm
 
 from . import seeds as seed_ranges
 from .collectors import make_collector
-from .errors import DsrlError, WorkerLostError
+from .errors import DsrlError, WorkerLostError, bad
 from .evaluation import measure
 from .faults import Faults
 from .head import HeadConfig, SteeringHead
 from .interrupts import stop_requests
 from .learners import build_learner
+from .measures import YARDSTICKS
 from .noise_search import SearchConfig, Ticket, search_ticket
 from .offline import MixedReplay, OfflineLoader
 from .offline_sources import read_episodes
@@ -70,7 +71,7 @@ class Trainer:
         )
         self.head = SteeringHead(head_config)
         searched = self._warm_start() if config.warm_start == "ticket" else 0
-        bounds = sac.value_bounds(task.info.reward_range)
+        bounds = sac.value_bounds(task.info.reward_range, base.spec.executed_steps)
         self.learner = build_learner(
             recipe.algorithm, base, self.head, recipe.critic, sac, recipe.na, bounds, config.seed
         )
@@ -88,14 +89,18 @@ class Trainer:
         self.collector.env_steps = searched
         self.metrics = Metrics(out / "metrics.jsonl")
         self.base_sha256 = base.sha256()
-        self.best: tuple[float, float] = (-1.0, 0.0)
+        self.measured = task.info.measure
+        if config.stop_at is not None and self.measured != "success":
+            raise bad("train.stop_at", f"none for {task.info.uri}, where nothing is a success", config.stop_at)
+        self.best: tuple[float, float] = (-math.inf, 0.0)
         self.best_now: SteeringHead | None = None
         self.unsaved: dict[str, str] = {}
         """What could not be written when it was last tried, and why."""
         self.validated: deque[float] = deque(maxlen=2)
         self.validation_env_steps = 0
         self.seconds = 0.0
-        self.watch = Watch(sac.target_entropy, config.validation_episodes, config.env_steps)
+        yardstick = YARDSTICKS[self.measured]
+        self.watch = Watch(sac.target_entropy, config.validation_episodes, config.env_steps, yardstick)
 
     def _warm_start(self) -> int:
         """Let the head start at the best constant noise; return the environment steps that finding it took."""
@@ -129,7 +134,7 @@ class Trainer:
                     self._after(before, tracker)
                     self.seconds += time.perf_counter() - start
                     bar.update(collector.env_steps - before)
-                    best = f"{max(0.0, self.best[0]):.2f}"
+                    best = f"{self.best[0]:.{self.watch.yardstick.digits}f}"
                     shown = {"success": f"{collector.success:.2f}", "best": best, "updates/s": f"{rate:.0f}"}
                     bar.set_postfix(shown, refresh=False)
             except (KeyboardInterrupt, WorkerLostError) as error:
@@ -211,7 +216,7 @@ class Trainer:
             "updates": self.learner.updates,
             "seconds": round(self.seconds, 2),
         }
-        if not math.isnan(self.collector.success):
+        if self.measured == "success" and not math.isnan(self.collector.success):
             row["success"] = self.collector.success
         row |= {name: round(float(value), 5) for name, value in self.updates.info.items()} | more
         if self.learner.updates:
@@ -227,14 +232,14 @@ class Trainer:
         seeds = seed_ranges.block(seed_ranges.VALIDATION, self.recipe.train.validation_episodes)
         found = measure(self.base, self.held_out, HeadNoise(self.learner.average), seeds)
         steps = float(np.mean([e.steps for e in found.episodes]))
-        self.validated.append(found.success)
+        self.validated.append(found.mean)
         self.validation_env_steps += sum(e.steps for e in found.episodes)
-        if (found.success, -steps) > self.best:
-            self.best = (found.success, -steps)
+        if (found.mean, -steps) > self.best:
+            self.best = (found.mean, -steps)
             self.learner.average.calibrate(self.replay.observations() or self.data.observations())
             self.best_now = copy.deepcopy(self.learner.average).eval()
             self._try("best head", lambda: self.learner.save(self.out / "best"))
-        return {"validation_success": found.success, "validation_steps": steps}
+        return {f"validation_{self.measured}": found.mean, "validation_steps": steps}
 
     def best_head(self) -> SteeringHead:
         """The best head so far; the present one when none has been validated."""

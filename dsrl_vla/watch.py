@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from .critic import CriticEnsemble
+from .measures import YARDSTICKS, Yardstick
 from .n_step import Decision
 from .replay import Replay
 
@@ -77,10 +78,13 @@ def value_gap(critic: CriticEnsemble, replay: Replay, episodes: Collection[Finis
 class Watch:
     """Turns the rows of ``metrics.jsonl`` into warnings."""
 
-    def __init__(self, target_entropy: float, episodes: int, env_steps: int):
-        """`episodes`: of a validation; `env_steps`: of the whole run."""
+    def __init__(
+        self, target_entropy: float, episodes: int, env_steps: int, yardstick: Yardstick = YARDSTICKS["success"]
+    ):
+        """`episodes`: of a validation; `env_steps`: of the whole run; `yardstick`: what validations measure."""
+        self.yardstick = yardstick
         self.target_entropy, self.episodes, self.env_steps = target_entropy, episodes, env_steps
-        self.best = self.most = 0.0
+        self.best, self.most = -math.inf, 0.0
         self.first: float | None = None
         self.active: set[str] = set()
         self.warnings: list[str] = []
@@ -89,14 +93,14 @@ class Watch:
     def see(self, row: Mapping[str, float]) -> list[str]:
         """Take a row; return the warnings it gives rise to, and keep them in `warnings`."""
         said = {"value": self._value(row), "entropy": self._entropy(row)}
-        if (success := row.get("validation_success")) is not None:
-            self.best = max(self.best, success)
-            self.first = success if self.first is None else self.first
-            said |= {"drop": self._drop(success), "stuck": self._stuck(row["env_steps"], self.first)}
-        found = {name: words for name, words in said.items() if words}
-        found |= dict.fromkeys(self.active - set(said), "")  # not looked at: neither news nor over
-        new = [f"at {row['env_steps']} steps: {found[name]}" for name in found if name not in self.active]
-        self.active = set(found)
+        if (found := row.get(f"validation_{self.yardstick.name}")) is not None:
+            self.best = max(self.best, found)
+            self.first = found if self.first is None else self.first
+            said |= {"drop": self._drop(found), "stuck": self._stuck(row["env_steps"], self.first)}
+        ailing = {name: words for name, words in said.items() if words}
+        ailing |= dict.fromkeys(self.active - set(said), "")  # not looked at: neither news nor over
+        new = [f"at {row['env_steps']} steps: {ailing[name]}" for name in ailing if name not in self.active]
+        self.active = set(ailing)
         self.warnings += new
         return new
 
@@ -122,19 +126,20 @@ class Watch:
             "stopped exploring. Raise sac.alpha_init or sac.alpha_lr."
         )
 
-    def _drop(self, success: float) -> str:
-        error = math.sqrt(2 * max(self.best * (1 - self.best), 0.5 / self.episodes) / self.episodes)
-        if success >= self.best - max(0.15, 2 * error):
+    def _drop(self, now: float) -> str:
+        if now >= self.best - self.yardstick.slack(self.best, self.episodes):
             return ""
+        name, digits = self.yardstick.name, self.yardstick.digits
         return (
-            f"validation success fell to {success:.2f} from its best, {self.best:.2f}. The best head is the one "
-            "saved; lower sac.actor_lr or train.gradient_steps if it does not come back."
+            f"validation {name} fell to {now:.{digits}f} from its best, {self.best:.{digits}f}. The best head is the "
+            "one saved; lower sac.actor_lr or train.gradient_steps if it does not come back."
         )
 
     def _stuck(self, steps: float, first: float) -> str:
-        if steps < max(1, self.env_steps / 2) or self.best > first + 0.05 or self.best >= 0.9:
+        if steps < max(1, self.env_steps / 2) or self.yardstick.risen(self.best, first):
             return ""
+        best = f"{self.best:.{self.yardstick.digits}f}"
         return (
-            f"half of the steps are used and validation success has not risen (best {self.best:.2f}). Run `dsrl-vla "
-            "preflight`: another layout or bound may be steerable where this one is not."
+            f"half of the steps are used and validation {self.yardstick.name} has not risen (best {best}). Run "
+            "`dsrl-vla preflight`: another layout or bound may be steerable where this one is not."
         )

@@ -86,6 +86,19 @@ def fork_folder(fork_base, tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def tiny_diffusion():
+    """A small diffusion MLP whose weights are all random."""
+    pytest.importorskip("diffusers")
+    from dsrl_vla.adapters.diffusion import DiffusionMLP, DiffusionMLPConfig, DiffusionMLPModel, ddim
+
+    torch.manual_seed(0)
+    model = DiffusionMLPModel(DiffusionMLPConfig(5, 3, chunk=4, width=32, layers=2))
+    with torch.no_grad():
+        model.state_mean.fill_(0.1), model.action_high.fill_(2.0)
+    return DiffusionMLP(model, ddim())
+
+
+@pytest.fixture(scope="session")
 def openpi_zoo(tmp_path_factory):
     """openpi's real models, tiny; skips where openpi is not."""
     pytest.importorskip("openpi.policies.policy")

@@ -5,8 +5,9 @@ import pytest
 from dsrl_vla import SteeringHead, evaluate, preflight
 from dsrl_vla.adapters.flow_mlp import FlowMLP
 from dsrl_vla.errors import DsrlError
-from dsrl_vla.evaluation import Measure, measure_base, paired_difference, wilson
+from dsrl_vla.evaluation import Measure, measure_base, paired_difference
 from dsrl_vla.head import HeadConfig
+from dsrl_vla.measures import wilson
 from dsrl_vla.networks import NetworkConfig
 from dsrl_vla.noise import NoiseLayout
 from dsrl_vla.rollout import Episode, TaskConfig, VectorTask

@@ -142,3 +142,14 @@ def test_a_checkpoint_of_other_optimisers_is_refused():
         DsrlError, match="checkpoint: expected optimisers of alpha, head, critic, got an optimiser 'ac"
     ):
         learner().load_tensors(state, 1)
+
+
+def test_a_discount_per_chunk_sums_within_it_as_the_reference_does():
+    """Facts of the reference: reward = sum over the chunk of (r - offset), gamma once per chunk."""
+    rewards, steps = np.array([[1.0, 2.0, 3.0], [1.0, 0.0, 0.0]]), np.array([3, 1])
+    ours = SACConfig(gamma=0.5, reward_offset=0.0)
+    theirs = SACConfig(gamma=0.5, reward_offset=0.0, discount="chunk")
+    assert ours.chunk_reward(rewards, steps).tolist() == [2.75, 1.0]
+    assert theirs.chunk_reward(rewards, steps).tolist() == [6.0, 1.0]
+    assert ours.chunk_discount(steps).tolist() == [0.125, 0.5] and theirs.chunk_discount(steps).tolist() == [0.5, 0.5]
+    assert theirs.value_bounds((-1.0, 2.0), chunk=3) == (-6.0, 12.0)

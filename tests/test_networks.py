@@ -1,6 +1,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from dsrl_vla.errors import DsrlError
 from dsrl_vla.networks import NetworkConfig, StackedLinear, StackedNorm, attention, build
 
 
@@ -56,3 +57,29 @@ def test_a_norm_of_one_member_is_that_of_many():
     one.load_state_dict({k: v[:1] for k, v in many.state_dict().items()})
     x = torch.randn(2, 5, 3, 8)
     assert torch.allclose(many(x)[:1], one(x[:1]), atol=1e-6)
+
+
+def test_an_mlp_can_be_the_reference_s():
+    """Tanh in place of ReLU, with or without LayerNorm: E = 1 is the plain torch network of the same weights."""
+    torch.manual_seed(0)
+    inputs, vectors = [torch.randn(1, 6, 3)], torch.randn(1, 6, 2, 2)
+    net = build(NetworkConfig("mlp", width=16, layers=1, activation="tanh", norm=False), 1, [3], (2, 2), 1, 1)
+    x = torch.cat([inputs[0], vectors.flatten(2)], -1)[0]
+    for layer in net.layers:
+        x = torch.tanh(x @ layer.weight[0] + layer.bias[0])
+    assert torch.allclose(net(inputs, vectors)[0, :, 0], x @ net.read.weight[0] + net.read.bias[0], atol=1e-6)
+    assert not any("norms" in name for name in net.state_dict())
+    normed = build(NetworkConfig("mlp", width=16, layers=1, activation="tanh"), 1, [3], (2, 2), 1, 1)
+    assert any("norms" in name for name in normed.state_dict())
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"kind": "mlp", "activation": "gelu"}, "network.activation: expected relu or tanh"),
+        ({"norm": False}, "network.kind: expected mlp with network.activation or network.norm changed"),
+    ],
+)
+def test_network_fields_are_checked(changes, words):
+    with pytest.raises(DsrlError, match=words):
+        NetworkConfig(**changes)

@@ -86,3 +86,14 @@ def test_the_resolved_recipe_writes_every_field_out():
         "rollout", "eval",
     }  # fmt: skip
     assert tree["critic"]["network"]["width"] > 0
+
+
+@pytest.mark.parametrize("task", ["hopper", "walker2d", "halfcheetah"])
+def test_the_reference_recipes_set_the_reference_s_choices(task):
+    recipe, ours = load_recipe(f"gym-{task}-reference"), load_recipe(f"gym-{task}")
+    sac, network = recipe.sac, recipe.critic.network
+    assert (recipe.task, recipe.base, recipe.train.env_steps) == (ours.task, ours.base, ours.train.env_steps)
+    assert (sac.discount, sac.timeouts, sac.backup_entropy, sac.n_step) == ("chunk", "terminal", True, 1)
+    assert (sac.target_entropy, sac.alpha_init, sac.actor_average, recipe.train.gradient_steps) == (0.0, 1.0, 0.0, 2.5)
+    assert (network.kind, network.activation, network.norm) == ("mlp", "tanh", True) and recipe.noise.bound == 1.0
+    assert recipe.head.network == network and recipe.algorithm == "na-exact"

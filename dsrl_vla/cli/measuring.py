@@ -8,6 +8,7 @@ from typing import Any
 
 import tyro
 
+from ..measures import shown
 from .options import parse, read_recipe
 
 
@@ -168,7 +169,7 @@ def run_search(argv: list[str]) -> int:
     write_json(out / "eval.json", result)
     own, best = result["base"], result["ticket"]
     print(
-        f"{result['task']}: base {own['success']:.2f} {own['ci95']}, best constant noise {best['success']:.2f} "
+        f"{result['task']}: base {' '.join(shown(own))}, best constant noise {shown(best)[0]} "
         f"{best['ci95']} over {result['episodes']} held-out episodes, found in {ticket.env_steps} steps"
     )
     print(f"written: {out}")

@@ -9,13 +9,15 @@ from __future__ import annotations
 import abc
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import gymnasium as gym
 import numpy as np
 
 from ..errors import bad
 from ..observation import IMAGE_PREFIX, STATE
+
+Measured = Literal["success", "return"]
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,8 @@ class TaskInfo:
     cameras: Mapping[str, tuple[int, int, int]] = field(default_factory=dict)
     reward_range: tuple[float, float] = (-1.0, 0.0)
     """Least and greatest reward of a step: what bounds a value estimate."""
+    measure: Measured = "success"
+    """What counts: the share of episodes that succeed or, where nothing is a success, their return."""
     live: bool = False
     """Whether an operator stands beside it; see `dsrl_vla.tasks.live`."""
 
@@ -45,6 +49,8 @@ class TaskEnv(gym.Env, abc.ABC):
     info: TaskInfo
     repeatable: bool = True
     """Whether an episode can be executed again: true of simulators, not of robots."""
+    cut_short: bool = False
+    """Whether the step just executed cut the episode off, other than by the time limit: it is truncated."""
 
     @abc.abstractmethod
     def begin(self, seed: int) -> None:
@@ -83,7 +89,7 @@ class TaskEnv(gym.Env, abc.ABC):
     def step(self, action: np.ndarray):
         reward, success, terminated = self.advance(np.asarray(action, dtype=np.float32))
         self._steps += 1
-        truncated = not terminated and self._steps >= self.info.max_episode_steps
+        truncated = not terminated and (self.cut_short or self._steps >= self.info.max_episode_steps)
         return self.observe(), reward, terminated, truncated, {"success": success}
 
 
@@ -130,14 +136,15 @@ class ChunkEnv(gym.Env):
     def step(self, action: np.ndarray):
         rewards = np.zeros(self.chunk)
         steps, success, terminated = 0, False, False
-        limit = self.info.max_episode_steps
+        over = False
         for row in action:
             rewards[steps], success, terminated = self.env.advance(row)
             steps += 1
             self._steps += 1
-            if terminated or self._steps >= limit:
+            over = self.env.cut_short or self._steps >= self.info.max_episode_steps
+            if terminated or over:
                 break
-        truncated = not terminated and self._steps >= limit
+        truncated = over and not terminated
         info = {"success": bool(success), "steps": steps, "rewards": rewards}
         return self.env.observe(), float(rewards.sum()), terminated, truncated, info
 

@@ -1,0 +1,188 @@
+"""Write benchmarks/REPORT.md, with pictures, from benchmarks/results: the paper's benchmarks as far as run.
+
+    python benchmarks/paper_report.py
+
+Where there are several seeds, their interquartile mean (of the middle half of all seeds' and tasks' scores) comes with
+a stratified bootstrap interval.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from common import RESULTS
+from dsrl_vla.measures import shown, value
+from scipy.stats import trim_mean
+
+HERE = Path(__file__).parent
+PICTURE = RESULTS / "paper_gym.png"
+COLOURS = {"ours": "#0b6e99", "sb3": "#7a4fa3", "base": "#b5651d"}
+GOALS = {"hopper": 1.8, "walker2d": 1.8, "halfcheetah": 1.2}
+SEEDS, BUDGET = 3, 200_000
+CAVEAT = """Compare rows of the same environment steps only: a run to fewer steps may still be rising where it stops
+(see the picture). The wall times that the JSON holds were taken on a machine busy with other work: they decide nothing."""
+INTRODUCTION = """# The paper's benchmarks
+
+Written by `benchmarks/paper_report.py` from the JSON in `benchmarks/results/`; `make paper` runs what is missing.
+"""
+
+
+def read(name: str) -> dict[str, Any]:
+    """A result; empty when there is none."""
+    path = RESULTS / f"{name}.json"
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def iqm(scores: np.ndarray) -> str:
+    """Interquartile mean of (seeds, tasks), and its 95 % interval by stratified bootstrap over seeds, in words.
+
+    rliable's definitions, by scipy and numpy: rliable 1.2 does not import beside the arch and pandas of today.
+    """
+    middle = lambda x: float(trim_mean(x, 0.25, axis=None))
+    if len(scores) < 2:
+        return f"{middle(scores):.2f} | one seed: none"
+    rng, columns = np.random.default_rng(0), np.arange(scores.shape[1])
+    draws = rng.integers(0, len(scores), (2000, *scores.shape))  # within each task
+    low, high = np.quantile([middle(scores[draw, columns]) for draw in draws], (0.025, 0.975))
+    return f"{middle(scores):.2f} | [{low:.2f}, {high:.2f}]"
+
+
+def best_so_far(run: dict[str, Any], steps: float) -> float:
+    """The best validation within a budget; what selection would have taken."""
+    return max((found for at, _, found in run["curve"] if at <= 1.01 * steps), default=float("nan"))
+
+
+def draw(found: dict[str, Any]) -> None:
+    """Validation return against environment steps, every run."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(1, len(found), figsize=(5.2 * len(found), 3.6), squeeze=False)
+    for axis, (task, entry) in zip(axes[0], found.items(), strict=True):
+        axis.axhline(entry["base"]["return"], color=COLOURS["base"], ls="--", label="base")
+        for variant, runs in entry["variants"].items():
+            for number, run in enumerate(runs):
+                steps, _, returns = zip(*run["curve"], strict=True)
+                label = None if number else f"{variant}, {len(runs)} seed" + "s" * (len(runs) > 1)
+                axis.plot(steps, returns, "o-", ms=3, color=COLOURS[variant], label=label)
+        axis.set(title=task, xlabel="environment steps", ylabel="return, validation episodes")
+        axis.legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(PICTURE, dpi=130)
+    plt.close(figure)
+
+
+def rows(measures: dict[str, dict[str, Any]], task: str, base: float) -> list[str]:
+    """A row for each way of picking noise that takes no training."""
+    return [f"| {task} | {k} | | | {' | '.join(shown(m))} | {value(m) / base:.2f} | |" for k, m in measures.items()]
+
+
+def gym_section(found: dict[str, Any]) -> list[str]:
+    """Figure 3's Gym part."""
+    lines = ["## Gym: a diffusion policy, steered here and by Stable-Baselines3", ""]
+    if not found:
+        return [*lines, "Nothing has been run yet: `python benchmarks/paper_gym.py`.", ""]
+    draw(found)
+    lines += [f"![validation return against environment steps](results/{PICTURE.name})", ""]
+    lines += ["| task | noise | training seed | env steps | return | 95 % interval | of the base's | CPU seconds |"]
+    lines += ["|---|---|---|---|---|---|---|---|"]
+    for task, entry in found.items():
+        base = value(entry["base"])
+        lines += rows({"base": entry["base"]} | entry["controls"], f"{task}, {entry['episodes']} episodes", base)
+        for variant, runs in entry["variants"].items():
+            for run in runs:
+                cells = " | ".join(shown(run["steered"]))
+                times = f"{value(run['steered']) / base:.2f} | {run.get('cpu_seconds', '–')}"
+                lines.append(
+                    f"| {task} | {variant} | {run['train_seed']} | {run['env_steps']:,} | {cells} | {times} |"
+                )
+    return [*lines, "", CAVEAT, "", *side_by_side(found), *verdicts(found)]
+
+
+def side_by_side(found: dict[str, Any]) -> list[str]:
+    """The best validation so far, at every budget that both have reached with the same seed."""
+    lines = ["Best validation return so far, the same training seed and budget:", ""]
+    lines += ["| task | seed | environment steps | ours | sb3 |", "|---|---|---|---|---|"]
+    for task, entry in found.items():
+        sides = [{run["train_seed"]: run for run in entry["variants"].get(name, [])} for name in ("ours", "sb3")]
+        for seed in sorted(sides[0].keys() & sides[1].keys()):
+            ours, theirs = sides[0][seed], sides[1][seed]
+            for budget, *_ in theirs["curve"]:
+                if budget <= 1.01 * ours["curve"][-1][0]:
+                    cells = f"{best_so_far(ours, budget):.0f} | {best_so_far(theirs, budget):.0f}"
+                    lines.append(f"| {task} | {seed} | {budget:,} | {cells} |")
+    return [*lines, ""]
+
+
+def verdicts(found: dict[str, Any]) -> list[str]:
+    """The goals, met, missed or not run."""
+    lines = [f"Goals: within {BUDGET:,} environment steps, {SEEDS} training seeds.", ""]
+    for task, goal in GOALS.items():
+        entry = found.get(task, {"variants": {}})
+        runs = entry["variants"].get("ours", [])
+        if not runs:
+            lines.append(f"- {task}, {goal} times the base's return: **not run**. `{command(task)}`")
+            continue
+        times = [value(run["steered"]) / value(entry["base"]) for run in runs]
+        verdict = "met" if min(times) >= goal else "**missed**"
+        said = f"{', '.join(f'{t:.2f}' for t in times)} times"
+        more = "" if len(runs) >= SEEDS else f"; **only {len(runs)} of {SEEDS} seeds run**: `{command(task)}`"
+        lines.append(f"- {task}, {goal} times the base's return: {verdict} by every seed run ({said}){more}")
+        if len(runs) < SEEDS and min(times) < goal:
+            lines[-1] = lines[-1].replace("by every seed run", "by a seed")
+    return [*lines, ""]
+
+
+def command(task: str) -> str:
+    """What runs the rest."""
+    return f"python benchmarks/paper_gym.py --tasks {task}"
+
+
+def success_section(title: str, found: dict[str, Any], runs_of: Any) -> list[str]:
+    """Tasks with success: a table with every control, and IQM over the tasks that a variant has been run on."""
+    lines = [f"## {title}", "", "| task | base | zero | clipped | layout | variant | every seed | mean |"]
+    lines += ["|---|---|---|---|---|---|---|---|"]
+    scores: dict[str, dict[str, list[float]]] = {}
+    for task, entry in found.items():
+        cells = [entry["base"], *(entry["controls"][name] for name in ("zero", "clipped", "layout"))]
+        known = " | ".join(f"{shown(m)[0]} {shown(m)[1]}" for m in cells)
+        for variant, runs in runs_of(entry).items():
+            each = [value(run["steered"]) for run in runs]
+            scores.setdefault(variant, {})[task] = each
+            told = ", ".join(f"{x:.2f}" for x in each)
+            lines.append(f"| {task} | {known} | {variant} | {told} | **{np.mean(each):.2f}** |")
+    lines += ["", "| variant | tasks | seeds | IQM of success | 95 % interval |", "|---|---|---|---|---|"]
+    for variant, by_task in scores.items():
+        seeds = min(map(len, by_task.values()))
+        matrix = np.array([each[:seeds] for each in by_task.values()]).T
+        lines.append(f"| {variant} | {', '.join(by_task)} | {seeds} | {iqm(matrix)} |")
+    return [*lines, ""]
+
+
+def by_kind(entry: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
+    """steer_metaworld.py's runs by network."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    for run in entry["runs"]:
+        found.setdefault(run["kind"], []).append(run)
+    return found
+
+
+def main() -> int:
+    lines = [INTRODUCTION, *gym_section(read("paper_gym"))]
+    robosuite = {t: e for t, e in read("paper_robosuite").items() if {"base", "controls", "variants"} <= set(e)}
+    if robosuite:
+        lines += success_section("robomimic's tasks", robosuite, lambda entry: entry["variants"])
+    lines += success_section("MetaWorld, the shipped recipes", read("metaworld"), by_kind)
+    lines += success_section("MetaWorld, the DSRL family", read("dsrl_family"), lambda entry: entry["variants"])
+    (HERE / "REPORT.md").write_text("\n".join(lines).rstrip() + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,124 @@
+"""What counts on a task: the share of episodes that succeed or, where nothing is a success, their return.
+
+A measure is written as ``{<its name>: mean, "ci95": [low, high], "mean_steps"}``, and read by that name.
+"""
+
+from __future__ import annotations
+
+import abc
+import math
+from collections.abc import Mapping
+from statistics import NormalDist
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from .rollout import Episode
+
+_Z = NormalDist().inv_cdf(0.975)
+
+
+def wilson(successes: int, episodes: int) -> tuple[float, float]:
+    """Wilson's 95 % interval of a success rate."""
+    if episodes == 0:
+        return 0.0, 1.0
+    p, z2 = successes / episodes, _Z**2 / episodes
+    centre, half = p + z2 / 2, _Z * math.sqrt(p * (1 - p) / episodes + z2 / (4 * episodes))
+    return max(0.0, (centre - half) / (1 + z2)), min(1.0, (centre + half) / (1 + z2))
+
+
+def bootstrap(scores: np.ndarray) -> tuple[float, float]:
+    """95 % bootstrap interval of the mean of (N,) scores."""
+    rng = np.random.default_rng(0)
+    low, high = np.quantile(scores[rng.integers(0, len(scores), (10_000, len(scores)))].mean(1), (0.025, 0.975))
+    return float(low), float(high)
+
+
+class Yardstick(abc.ABC):
+    """One way of measuring."""
+
+    name: str
+    digits: int
+    """To write a mean with."""
+    decimals: int
+    """To keep of an interval's ends."""
+    interval_name: str
+
+    @abc.abstractmethod
+    def score(self, episode: Episode) -> float:
+        """Of one episode; more is better."""
+
+    @abc.abstractmethod
+    def interval(self, scores: np.ndarray) -> tuple[float, float]:
+        """95 % interval of the mean of (N,) scores."""
+
+    @abc.abstractmethod
+    def slack(self, best: float, episodes: int) -> float:
+        """How far below `best` a validation of so many episodes may lie without being news."""
+
+    @abc.abstractmethod
+    def risen(self, best: float, first: float) -> bool:
+        """Whether the best validation says that something was learnt since the first."""
+
+
+class Success(Yardstick):
+    """The share of episodes that succeed."""
+
+    name, digits, decimals, interval_name = "success", 2, 4, "Wilson"
+
+    def score(self, episode):
+        return float(episode.success)
+
+    def interval(self, scores):
+        return wilson(int(scores.sum()), len(scores))
+
+    def slack(self, best, episodes):
+        return max(0.15, 2 * math.sqrt(2 * max(best * (1 - best), 0.5 / episodes) / episodes))
+
+    def risen(self, best, first):
+        return best > first + 0.05 or best >= 0.9
+
+
+class Return(Yardstick):
+    """The sum of an episode's rewards."""
+
+    name, digits, decimals, interval_name = "return", 0, 1, "bootstrap"
+
+    def score(self, episode):
+        return episode.reward
+
+    def interval(self, scores):
+        return bootstrap(scores)
+
+    def slack(self, best, episodes):
+        return 0.25 * abs(best)
+
+    def risen(self, best, first):
+        return best > first + 0.05 * abs(first)
+
+
+YARDSTICKS: Mapping[str, Yardstick] = {y.name: y for y in (Success(), Return())}
+
+
+def yardstick(measure: Mapping[str, Any]) -> Yardstick:
+    """The one that a written measure was made with."""
+    return next(y for name, y in YARDSTICKS.items() if name in measure)
+
+
+def value(measure: Mapping[str, Any]) -> float:
+    """The mean of a written measure."""
+    return measure[yardstick(measure).name]
+
+
+def shown(measure: Mapping[str, Any]) -> tuple[str, str]:
+    """A written measure's mean and interval, in words."""
+    digits, (low, high) = yardstick(measure).digits, measure["ci95"]
+    return f"{value(measure):.{digits}f}", f"[{low:.{digits}f}, {high:.{digits}f}]"
+
+
+def shown_gain(result: Mapping[str, Any]) -> tuple[str, str]:
+    """The paired difference of a written evaluation and its interval, in words."""
+    digits, gain = yardstick(result["base"]).digits, result["difference"]
+    low, high = gain["ci95"]
+    return f"{gain['mean']:+.{digits}f}", f"[{low:+.{digits}f}, {high:+.{digits}f}]"

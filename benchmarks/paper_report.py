@@ -24,7 +24,7 @@ COLOURS = {"ours": "#0b6e99", "sb3": "#7a4fa3", "base": "#b5651d"}
 GOALS = {"hopper": 1.8, "walker2d": 1.8, "halfcheetah": 1.2}
 SEEDS, BUDGET = 3, 200_000
 CAVEAT = """Compare rows of the same environment steps only: a run to fewer steps may still be rising where it stops
-(see the picture). The wall times that the JSON holds were taken on a machine busy with other work: they decide nothing."""
+(see the picture). The wall times in the JSON were taken on a machine busy with other work: they decide nothing."""
 INTRODUCTION = """# The paper's benchmarks
 
 Written by `benchmarks/paper_report.py` from the JSON in `benchmarks/results/`; `make paper` runs what is missing.

@@ -4,8 +4,8 @@
     python benchmarks/robosuite_base.py can
     python benchmarks/robosuite_base.py lift --tryout      # measure on preflight's seeds, write nothing
 
-In a share of the episodes the operator sees the object a few centimetres beside its place, closes the gripper on air and
-carries on; these failures are kept, and the clone has two modes. The data are synthetic: they are not Robomimic's, and
+In a share of the episodes the operator sees the object a few centimetres beside its place, closes the gripper on air
+and carries on; these failures are kept, and the clone has two modes. The data are synthetic: they are not Robomimic's, and
 the base is not the paper's. The settings below were chosen on preflight's seeds; the card's figures are of the
 evaluation's.
 """
@@ -116,6 +116,7 @@ def measured(base: Any, making: Making, first: int, episodes: int = 100) -> dict
         return {name: measure(base, task, source, numbers).to_json() for name, source in sources.items()}
 
 
+# ruff: noqa: E501
 CARD = """# {name}: a mediocre base for {making.task}
 
 A flow-matching MLP (`flow-mlp:shipped:{name}`, {weights:,} weights) that reads robosuite's low-dimensional state and emits

@@ -4,11 +4,11 @@ Options follow the name: ``robosuite:Can?cameras=agentview,robot0_eye_in_hand&im
 Without cameras nothing is rendered. `lite_physics=false` is the simulation of robosuite 1.4 and before, with which
 Robomimic's data were recorded.
 
-State, float32: per robot the hand's xyz (metres) and quaternion (xyzw) and the two fingers' positions, then the objects.
-For Lift (19), Can (23), Square (23) and Transport (59) that is Robomimic's low-dimensional observation: robosuite 1.5
-lists relative poses first and points from gripper to object, Robomimic's data are the other way round, and so is this.
-Action, float32 (7,) per robot in [-1, 1], at 20 Hz: hand displacement and rotation vector (OSC_POSE, 5 cm and 0.5 rad),
-gripper (-1 opens). Reward: -1 per step, 0 on the step that succeeds, which ends the episode (Robomimic's go on).
+State, float32: the hand's xyz (metres), its quaternion (xyzw), the two fingers' positions, then the objects. For Lift
+(19) and Can (23) that is the order and sign of Robomimic's low-dimensional observation: robosuite 1.5 lists relative
+poses first and points from gripper to object, robosuite 1.4 the other way round, and so does this. By reading only.
+Action, float32 (7,) in [-1, 1], at 20 Hz: hand displacement and rotation vector (OSC_POSE, 5 cm and 0.5 rad), gripper
+(-1 opens). Reward: -1 per step, 0 on the step that succeeds, which ends the episode (Robomimic's go on).
 Sizes of objects are drawn when a model is built, once, and are the same in every episode.
 """
 
@@ -68,6 +68,7 @@ def _import_robosuite() -> tuple[Any, Any]:
     log.addFilter(lambda record: record.levelno >= logging.ERROR)  # it warns of parts nobody asked for
     try:
         import mujoco
+
         import robosuite
     except ImportError as error:
         raise missing_extra(
@@ -126,7 +127,7 @@ class RobosuiteTask(Demonstrable):
             max_episode_steps=max_episode_steps,
             state_dim=len(self._state()),
             action_dim=int(sim.action_dim),
-            cameras={camera: (size, size, 3) for camera in options.cameras},
+            cameras=dict.fromkeys(options.cameras, (size, size, 3)),
         )
         self._build_spaces()
 

@@ -29,7 +29,7 @@ from .robosuite_experts import EXPERTS, Operator
 
 ROBOMIMIC = {"Can": "PickPlaceCan", "Square": "NutAssemblySquare", "Transport": "TwoArmTransport"}
 """Robomimic's names of robosuite's tasks, where they differ."""
-_PROMPTS = {
+PROMPTS = {
     "Lift": "lift the cube",
     "PickPlaceCan": "put the can in its bin",
     "NutAssemblySquare": "put the square nut on its peg",
@@ -123,7 +123,7 @@ class RobosuiteTask(Demonstrable):
         self.begin(0)
         self.info = TaskInfo(
             uri=uri,
-            prompt=_PROMPTS.get(name, spaced),
+            prompt=PROMPTS.get(name, spaced),
             max_episode_steps=max_episode_steps,
             state_dim=len(self._state()),
             action_dim=int(sim.action_dim),

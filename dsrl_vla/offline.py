@@ -36,7 +36,7 @@ class OfflineConfig:
     """Offline data of a run; needs algorithm na or na-exact."""
 
     source: str = ""
-    """An .npz file, a folder of a Hugging Face dataset or a LeRobotDataset; empty for none."""
+    """An .npz file, a Robomimic .hdf5 file, a folder of a Hugging Face dataset or a LeRobotDataset; empty for none."""
     episodes: int | None = None
     """Use only the first so many."""
     stride: int | None = None

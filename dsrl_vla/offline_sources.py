@@ -1,5 +1,7 @@
 """Readers of offline episodes: npz files, Hugging Face datasets, LeRobotDatasets; and the writer of npz files.
 
+Robomimic's hdf5 files are read by `dsrl_vla.offline_robomimic`.
+
 The npz format: all steps of all episodes one after the other, one array per field.
 
 ======================================  =====================  ==================================================
@@ -28,6 +30,7 @@ from .entry_points import imported
 from .errors import bad, missing_extra
 from .observation import IMAGE_PREFIX, PROMPT
 from .offline import OfflineConfig, OfflineEpisode, Relabel, demonstrations, sparse_success
+from .offline_robomimic import read_robomimic
 
 _SHIPPED = {"sparse_success": sparse_success, "demonstrations": demonstrations}
 _SCALARS = ("reward", "success", "human", "decision", "next.terminated")
@@ -43,8 +46,11 @@ def read_episodes(config: OfflineConfig) -> Iterator[OfflineEpisode]:
     """
     path = Path(config.source).expanduser()
     if not path.exists():
-        raise bad("offline.source", "an .npz file or the folder of a dataset", f"'{config.source}'")
-    episodes = read_npz(path) if path.is_file() else read_dataset(path)
+        raise bad("offline.source", "an .npz or .hdf5 file or the folder of a dataset", f"'{config.source}'")
+    if path.suffix in (".hdf5", ".h5"):
+        episodes = read_robomimic(path)
+    else:
+        episodes = read_npz(path) if path.is_file() else read_dataset(path)
     relabel = load_relabel(config.relabel) if config.relabel else lambda episode: episode
     return (relabel(episode) for episode in islice(episodes, config.episodes))
 

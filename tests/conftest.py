@@ -79,6 +79,15 @@ def fork_base():
 
 
 @pytest.fixture(scope="session")
+def dppo_base(tmp_path_factory):
+    """A checkpoint in DPPO's layout with random weights, loaded by the adapter."""
+    from dppo_parts import save
+    from dsrl_vla import load_base
+
+    return load_base(f"dppo:{save(tmp_path_factory.mktemp('dppo'))}?suite=robomimic")
+
+
+@pytest.fixture(scope="session")
 def fork_folder(fork_base, tmp_path_factory):
     folder = tmp_path_factory.mktemp("fork")
     fork_base.save_pretrained(folder)

@@ -10,7 +10,7 @@ from dsrl_vla.networks import NetworkConfig
 from dsrl_vla.noise import NoiseLayout, generators
 from dsrl_vla.observation import batch, unsqueeze
 
-BASES = ["nano", "tiny_pi0", "tiny_pi0_bf16", "fork_base", "tiny_diffusion"]
+BASES = ["nano", "tiny_pi0", "tiny_pi0_bf16", "fork_base", "tiny_diffusion", "dppo_base"]
 # A float32 and a bfloat16 one of each framework, a π0 and a π0.5 of each dtype; skipped where openpi is not.
 BASES += [
     "openpi_jax_pi0_float32",

@@ -7,6 +7,7 @@ optimisers and generator, so all take the same step, which is the one that a lon
 
 from __future__ import annotations
 
+import atexit
 import os
 import signal
 import threading
@@ -60,6 +61,7 @@ class LaunchedTeam(Team):
         state = PartialState(cpu=True, timeout=_PATIENCE)
         self.rank, self.size = state.process_index, state.num_processes
         self.leads = self.rank == 0
+        atexit.register(state.destroy_process_group)  # gloo aborts a process that ends while its threads run
 
     def agree(self, learner: LatentSAC) -> None:
         """As `Team.agree`.

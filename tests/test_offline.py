@@ -183,6 +183,17 @@ def test_bad_settings_are_named(config, message):
         OfflineConfig(**config)
 
 
+@pytest.mark.parametrize("noise", ["base", "layout"])
+def test_the_recorder_draws_as_the_base_or_as_a_head_would(fork_recipe, tmp_path, noise):
+    data = tmp_path / "fork.npz"
+    more = ["--noise.layout", "repeat", "--noise.bound", "0.5"]
+    assert main(["record", str(fork_recipe), "--out", str(data), "--episodes", "3", "--noise", noise, *more]) == 0
+    drawn = np.concatenate([episode["noise"] for episode in read_episodes(OfflineConfig(str(data)))])
+    assert drawn.ndim == 3 and drawn.std() > 0.1
+    in_layout = np.abs(drawn).max() <= 0.5 and (drawn == drawn[:, :1]).all()
+    assert in_layout == (noise == "layout")
+
+
 def test_offline_alone_and_offline_to_online_through_the_command_line(fork_recipe, tmp_path, capsys):
     data, tree = tmp_path / "fork.npz", yaml.safe_load(fork_recipe.read_text())
     assert main(["record", str(fork_recipe), "--out", str(data), "--episodes", "30"]) == 0

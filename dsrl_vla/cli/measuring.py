@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import tyro
 
@@ -67,8 +68,11 @@ class RecordArgs:
     out: Path
     """The .npz file to write; see dsrl_vla.offline_sources for its format."""
     episodes: int = 50
+    noise: Literal["base", "layout"] = "base"
+    """base: the base as it ships; layout: its noise drawn in the recipe's layout and bound, which is what a head
+    explores with, so that a critic learns where a head will act."""
     run: Path | None = None
-    """A run's directory: record its best head instead of the bare base."""
+    """A run's directory: record its best head instead."""
 
 
 def run_preflight(argv: list[str]) -> int:
@@ -186,11 +190,15 @@ def run_record(argv: list[str]) -> int:
     from ..offline_sources import write_npz
     from ..recording import record
     from ..run_dir import disk_errors
-    from ..sources import HeadNoise, NoiseSource, PriorNoise
+    from ..sources import HeadNoise, LayoutNoise, NoiseSource, PriorNoise
     from ..training import load_run
 
     base = recipe.base.load()
-    source: NoiseSource = HeadNoise(load_run(args.run)[1]) if args.run else PriorNoise(base.spec.noise)
+    sources: dict[str, Callable[[], NoiseSource]] = {
+        "base": lambda: PriorNoise(base.spec.noise),
+        "layout": lambda: LayoutNoise(recipe.noise.over(base.spec.noise)),
+    }
+    source = HeadNoise(load_run(args.run)[1]) if args.run else sources[args.noise]()
     numbers, won = seeds.block(seeds.RECORDING, args.episodes), []
     with tqdm(total=args.episodes, unit="episode", desc="recording", disable=None) as bar:
 

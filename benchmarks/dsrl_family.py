@@ -2,7 +2,8 @@
 
     python benchmarks/dsrl_family.py [--tasks …] [--variants …] [--seeds 0 1 2] [--workers 2] [--report-only]
 
-Every variant uses the shipped recipe of its task; offline data are 50 recorded episodes of the base. Runs are kept
+Every variant uses the shipped recipe of its task. Offline data are recorded episodes of the base, its noise drawn in the
+recipe's layout: 50 before learning online, 300 to learn from alone. Runs are kept
 under runs/family/, and neither they nor those that the results file already holds with the present recipes are
 repeated; what steer_metaworld.py has run, with the shipped algorithm, is taken over from there.
 Writes benchmarks/results/dsrl_family.json, and prints the table.
@@ -30,10 +31,12 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "sac": {"algorithm": "sac"},
     "na": NA,
     "na-exact": {"algorithm": "na-exact"},
-    "offline-to-online": NA | {"offline": {"updates": 3000}},
-    "offline": NA | {"offline": {"updates": 10_000}, "train": {"env_steps": 0}},
+    "offline-to-online": NA | {"offline": {"updates": 2000, "stride": 2}, "train": {"learning_starts": 1}},
+    "offline": NA | {"offline": {"updates": 2000, "stride": 2}, "train": {"env_steps": 0}},
     "ticket": {},
 }
+RECORDED = {"offline-to-online": 50, "offline": 300}
+"""Offline episodes of a variant."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +58,7 @@ def variant_recipe(task: str, variant: str, seed: int) -> Any:
 
     changes = json.loads(json.dumps(VARIANTS[variant]))
     if "offline" in changes:
-        changes["offline"]["source"] = str(offline_data(task))
+        changes["offline"]["source"] = str(offline_data(task, RECORDED[variant]))
     changes["train"] = changes.get("train", {}) | {"seed": seed}
     recipe = load_recipe(task, changes | {"name": f"{task}-{variant}-{seed}"})
     return replace(recipe, eval=replace(recipe.eval, video_episodes=0))
@@ -73,20 +76,22 @@ def as_shipped(task: str, variant: str) -> bool:
     return variant == load_recipe(task).algorithm
 
 
-def offline_data(task: str) -> Path:
-    """50 episodes of the base, recorded once per task."""
-    return RUNS / f"{task}-offline.npz"
+def offline_data(task: str, episodes: int) -> Path:
+    """Episodes of the base, recorded once per task."""
+    return RUNS / f"{task}-layout-{episodes}.npz"
 
 
-def record_task(task: str) -> None:
+def record_task(task: str, variants: tuple[str, ...]) -> None:
     """Record the offline data of a task, and measure its base and controls, unless they are there."""
     from dsrl_vla.cli import main as command
 
     base_measures(task)
-    if not offline_data(task).exists():
-        status = command(["record", task, "--episodes", "50", "--out", str(offline_data(task))])
-        if status:
-            raise SystemExit(status)
+    for episodes in {RECORDED[v] for v in variants if v in RECORDED}:
+        out = offline_data(task, episodes)
+        if not out.exists():
+            status = command(["record", task, "--noise", "layout", "--episodes", str(episodes), "--out", str(out)])
+            if status:
+                raise SystemExit(status)
 
 
 def run_ticket(task: str, seed: int, out: Path) -> None:
@@ -253,7 +258,8 @@ def main() -> int:
     if not args.report_only:
         with multiprocessing.get_context("spawn").Pool(args.workers, maxtasksperchild=1) as pool:
             jobs = missing(args)
-            pool.map(record_task, dict.fromkeys(task for task, *_ in jobs), chunksize=1)
+            tasks = dict.fromkeys(task for task, *_ in jobs)
+            pool.starmap(record_task, [(task, args.variants) for task in tasks], chunksize=1)
             pool.map(run_job, jobs, chunksize=1)
     found = collect(args)
     args.out.parent.mkdir(parents=True, exist_ok=True)

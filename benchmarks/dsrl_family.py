@@ -3,7 +3,7 @@
     python benchmarks/dsrl_family.py [--tasks …] [--variants …] [--seeds 0 1 2] [--workers 2] [--report-only]
 
 Every variant uses the shipped recipe of its task. Offline data are recorded episodes of the base, its noise drawn in
-the recipe's layout: 50 before learning online, 300 to learn from alone. Runs are kept under runs/family/, and neither
+the recipe's layout: 50 before learning online, 150 to learn from alone. Runs are kept under runs/family/, and neither
 they nor those that the results file already holds with the present recipes are repeated; what steer_metaworld.py has
 run, with the shipped algorithm, is taken over from there.
 Writes benchmarks/results/dsrl_family.json, and prints the table.
@@ -35,7 +35,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "offline": NA | {"offline": {"updates": 2000, "stride": 2}, "train": {"env_steps": 0}},
     "ticket": {},
 }
-RECORDED = {"offline-to-online": 50, "offline": 300}
+RECORDED = {"offline-to-online": 50, "offline": 150}
 """Offline episodes of a variant."""
 
 

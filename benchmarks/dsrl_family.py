@@ -216,6 +216,8 @@ def collect(args: Args) -> dict[str, Any]:
         runs = merged(old, fresh, wanted(task, variant, 0))
         if runs:
             found[task]["variants"][variant] = runs
+        elif old:  # of other settings
+            del found[task]["variants"][variant]
     return found
 
 

@@ -81,8 +81,8 @@ def offline_data(task: str, episodes: int) -> Path:
     return RUNS / f"{task}-layout-{episodes}.npz"
 
 
-def record_task(task: str, variants: tuple[str, ...]) -> None:
-    """Record the offline data of a task, and measure its base and controls, unless they are there."""
+def record_task(task: str, variants: set[str]) -> None:
+    """Record what a task's variants learn from offline, and measure its base and controls, unless they are there."""
     from dsrl_vla.cli import main as command
 
     base_measures(task)
@@ -260,8 +260,8 @@ def main() -> int:
     if not args.report_only:
         with multiprocessing.get_context("spawn").Pool(args.workers, maxtasksperchild=1) as pool:
             jobs = missing(args)
-            tasks = dict.fromkeys(task for task, *_ in jobs)
-            pool.starmap(record_task, [(task, args.variants) for task in tasks], chunksize=1)
+            wants = {task: {v for t, v, _ in jobs if t == task} for task, *_ in jobs}
+            pool.starmap(record_task, wants.items(), chunksize=1)
             pool.map(run_job, jobs, chunksize=1)
     found = collect(args)
     args.out.parent.mkdir(parents=True, exist_ok=True)

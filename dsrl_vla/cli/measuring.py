@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -194,11 +193,11 @@ def run_record(argv: list[str]) -> int:
     from ..training import load_run
 
     base = recipe.base.load()
-    sources: dict[str, Callable[[], NoiseSource]] = {
-        "base": lambda: PriorNoise(base.spec.noise),
-        "layout": lambda: LayoutNoise(recipe.noise.over(base.spec.noise)),
-    }
-    source = HeadNoise(load_run(args.run)[1]) if args.run else sources[args.noise]()
+    source: NoiseSource = PriorNoise(base.spec.noise)
+    if args.run:
+        source = HeadNoise(load_run(args.run)[1])
+    elif args.noise == "layout":
+        source = LayoutNoise(recipe.noise.over(base.spec.noise))
     numbers, won = seeds.block(seeds.RECORDING, args.episodes), []
     with tqdm(total=args.episodes, unit="episode", desc="recording", disable=None) as bar:
 

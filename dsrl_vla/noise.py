@@ -137,3 +137,8 @@ class NoiseLayout:
 def generators(seeds: list[int]) -> list[torch.Generator]:
     """One CPU generator per seed."""
     return [torch.Generator().manual_seed(seed) for seed in seeds]
+
+
+def restarted(generators: list[torch.Generator]) -> list[torch.Generator]:
+    """Generators as these were when they were seeded."""
+    return [torch.Generator().manual_seed(g.initial_seed()) for g in generators]

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from .head import SteeringHead
-from .noise import NoiseLayout, NoiseSpace
+from .noise import NoiseLayout, NoiseSpace, restarted
 from .observation import Observations
 from .policy import Encoding, SteeredPolicy
 
@@ -67,6 +67,19 @@ class LayoutNoise(NoiseSource):
 
     def __call__(self, observations, encoding, generators):
         return self.layout.expand(self.layout.sample(generators))
+
+
+@dataclass(frozen=True)
+class HeldNoise(NoiseSource):
+    """Layout noise drawn once per episode and held: what it did shows in how the episode ends.
+
+    The first draw of an episode's generator, whatever has been drawn from it since.
+    """
+
+    layout: NoiseLayout
+
+    def __call__(self, observations, encoding, generators):
+        return self.layout.expand(self.layout.sample(restarted(generators)))
 
 
 @dataclass(frozen=True)

@@ -183,15 +183,24 @@ def test_bad_settings_are_named(config, message):
         OfflineConfig(**config)
 
 
-@pytest.mark.parametrize("noise", ["base", "layout"])
+@pytest.mark.parametrize("noise", ["base", "layout", "held"])
 def test_the_recorder_draws_as_the_base_or_as_a_head_would(fork_recipe, tmp_path, noise):
     data = tmp_path / "fork.npz"
     more = ["--noise.layout", "repeat", "--noise.bound", "0.5"]
     assert main(["record", str(fork_recipe), "--out", str(data), "--episodes", "3", "--noise", noise, *more]) == 0
-    drawn = np.concatenate([episode["noise"] for episode in read_episodes(OfflineConfig(str(data)))])
-    assert drawn.ndim == 3 and drawn.std() > 0.1
-    in_layout = np.abs(drawn).max() <= 0.5 and (drawn == drawn[:, :1]).all()
-    assert in_layout == (noise == "layout")
+    drawn = [episode["noise"] for episode in read_episodes(OfflineConfig(str(data)))]
+    everything = np.concatenate(drawn)
+    assert everything.ndim == 3 and everything.std() > 0.1
+    in_layout = np.abs(everything).max() <= 0.5 and (everything == everything[:, :1]).all()
+    assert in_layout == (noise != "base")
+    assert all((one == one[0]).all() for one in drawn) == (noise == "held")
+    assert (drawn[0][0] != drawn[1][0]).any()
+
+
+def test_the_recorder_is_told_one_source(fork_recipe, tmp_path, capsys):
+    options = ["--noise", "held", "--run", str(tmp_path)]
+    assert main(["record", str(fork_recipe), "--out", str(tmp_path / "x.npz"), *options]) == 2
+    assert "record: expected --noise or --run, got both, --noise held and --run" in capsys.readouterr().err
 
 
 def test_offline_alone_and_offline_to_online_through_the_command_line(fork_recipe, tmp_path, capsys):

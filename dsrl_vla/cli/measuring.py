@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import tyro
 
+from ..errors import bad
 from ..measures import shown
 from .options import parse, read_recipe
 
@@ -67,11 +68,12 @@ class RecordArgs:
     out: Path
     """The .npz file to write; see dsrl_vla.offline_sources for its format."""
     episodes: int = 50
-    noise: Literal["base", "layout"] = "base"
-    """base: the base as it ships; layout: its noise drawn in the recipe's layout and bound, which is what a head
-    explores with, so that a critic learns where a head will act."""
+    noise: Literal["base", "layout", "held"] | None = None
+    """Who picks the noise. base, the default: the base as it ships. layout: drawn in the recipe's layout and bound at
+    every decision, which is what a head explores with. held: drawn so once per episode and held, so that how an episode
+    ends tells what its noise did: the best data to learn from offline."""
     run: Path | None = None
-    """A run's directory: record its best head instead."""
+    """A run's directory: its best head picks the noise."""
 
 
 def run_preflight(argv: list[str]) -> int:
@@ -189,15 +191,20 @@ def run_record(argv: list[str]) -> int:
     from ..offline_sources import write_npz
     from ..recording import record
     from ..run_dir import disk_errors
-    from ..sources import HeadNoise, LayoutNoise, NoiseSource, PriorNoise
+    from ..sources import HeadNoise, HeldNoise, LayoutNoise, NoiseSource, PriorNoise
     from ..training import load_run
 
+    if args.run and args.noise:
+        raise bad("record", "--noise or --run", f"both, --noise {args.noise} and --run {args.run}")
     base = recipe.base.load()
+    layout = recipe.noise.over(base.spec.noise)
     source: NoiseSource = PriorNoise(base.spec.noise)
     if args.run:
         source = HeadNoise(load_run(args.run)[1])
     elif args.noise == "layout":
-        source = LayoutNoise(recipe.noise.over(base.spec.noise))
+        source = LayoutNoise(layout)
+    elif args.noise == "held":
+        source = HeldNoise(layout)
     numbers, won = seeds.block(seeds.RECORDING, args.episodes), []
     with tqdm(total=args.episodes, unit="episode", desc="recording", disable=None) as bar:
 

@@ -70,8 +70,8 @@ class RecordArgs:
     episodes: int = 50
     noise: Literal["base", "layout", "held"] | None = None
     """Who picks the noise. base, the default: the base as it ships. layout: drawn in the recipe's layout and bound at
-    every decision, which is what a head explores with. held: drawn so once per episode and held, so that how an episode
-    ends tells what its noise did: the best data to learn from offline."""
+    every decision, which is what a head explores with. held: drawn so once per episode and held, so that how an
+    episode ends tells what its noise did: the best data to learn from offline."""
     run: Path | None = None
     """A run's directory: its best head picks the noise."""
 

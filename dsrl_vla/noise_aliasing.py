@@ -22,7 +22,7 @@ from .critic import CriticConfig, CriticEnsemble
 from .draws import uniform
 from .errors import bad
 from .head import HeadConfig, HeadInputs, SteeringHead
-from .latent_sac import Info, LatentSAC, SACConfig, adam
+from .latent_sac import Info, LatentSAC, SACConfig
 from .noise_bank import ACTION, BANK_ACTION, BANK_LATENT, PREFIX, BankConfig, BankKeeper, Keeper, PrefixKeeper
 from .policy import FrozenPolicy
 from .replay import Batch, Extras, Held
@@ -38,13 +38,8 @@ class NAConfig:
     bank: BankConfig = field(default_factory=BankConfig)
     pairs: int = 1
     """Pairs per observation and update that Q^W is fitted on."""
-    distillation_lr: float = 1e-3
-    """Learning rate of Q^W. What it is fitted to does not depend on itself, so it bears more than a critic that
-    bootstraps does; at `sac.critic_lr` the error of the fit is what limits the actor."""
 
     def __post_init__(self) -> None:
-        if self.distillation_lr <= 0:
-            raise bad("na.distillation_lr", "above 0", self.distillation_lr)
         if not 1 <= self.pairs <= self.bank.size + 1:
             raise bad("na.pairs", f"from 1 to na.bank.size + 1 = {self.bank.size + 1}", self.pairs)
 
@@ -111,7 +106,6 @@ class NoiseAliasing(LatentSAC):
         self.na = na
         self.action_critic = ActionCritic(critic, head.config, (head.config.executed_steps, action_dim))
         self._own("action_critic", self.action_critic, config.critic_lr)
-        self.optimizers["critic"] = adam(self.flat["critic"], na.distillation_lr)
 
     def fit_normaliser(self, replay: Held) -> None:
         """Fit the statistics of observations and actions on warm-up data."""

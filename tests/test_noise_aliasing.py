@@ -46,11 +46,6 @@ def collected(fork_base, algorithm):
     return learner, replay
 
 
-def test_the_distilled_critic_has_a_learning_rate_of_its_own(fork_base):
-    rates = {name: each.param_groups[0]["lr"] for name, each in build(fork_base, "na").optimizers.items()}
-    assert (rates["critic"], rates["action_critic"]) == (NAConfig().distillation_lr, SACConfig().critic_lr)
-
-
 @pytest.mark.parametrize("algorithm", ["na"], indirect=True)
 def test_the_bank_tells_the_truth_and_starts_with_what_was_executed(collected, fork_base):
     learner, replay = collected
@@ -167,7 +162,6 @@ def test_sac_keeps_nothing(fork_base):
     [
         (lambda: BankConfig(0), r"na\.bank\.size: expected 1 or more, got 0"),
         (lambda: BankConfig(actor_share=2.0), r"na\.bank\.actor_share"),
-        (lambda: NAConfig(distillation_lr=0.0), r"na\.distillation_lr: expected above 0, got 0\.0"),
         (lambda: NAConfig(BankConfig(2), pairs=4), r"na\.pairs: expected from 1 to na\.bank\.size \+ 1 = 3, got 4"),
     ],
 )

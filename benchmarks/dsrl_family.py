@@ -3,7 +3,7 @@
     python benchmarks/dsrl_family.py [--tasks …] [--variants …] [--seeds 0 1 2] [--workers 2] [--report-only]
 
 Every variant uses the shipped recipe of its task. Offline data are recorded episodes of the base, its noise drawn in
-the recipe's layout: 50 before learning online, 150 to learn from alone. Runs are kept under runs/family/, and neither
+the recipe's layout: 50 before learning online, drawn at every decision; 400 to learn from alone, drawn once per episode. Runs are kept under runs/family/, and neither
 they nor those that the results file already holds with the present recipes are repeated; what steer_metaworld.py has
 run, with the shipped algorithm, is taken over from there.
 Writes benchmarks/results/dsrl_family.json, and prints the table.
@@ -32,11 +32,11 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "na": NA,
     "na-exact": {"algorithm": "na-exact"},
     "offline-to-online": NA | {"offline": {"updates": 2000, "stride": 2}, "train": {"learning_starts": 1}},
-    "offline": NA | {"offline": {"updates": 2000, "stride": 2}, "train": {"env_steps": 0}},
+    "offline": NA | {"offline": {"updates": 6000, "stride": 2}, "train": {"env_steps": 0}},
     "ticket": {},
 }
-RECORDED = {"offline-to-online": 50, "offline": 150}
-"""Offline episodes of a variant."""
+RECORDED = {"offline-to-online": ("layout", 50), "offline": ("held", 400)}
+"""Offline episodes of a variant: what `record --noise` is told, and how many."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ def variant_recipe(task: str, variant: str, seed: int) -> Any:
 
     changes = json.loads(json.dumps(VARIANTS[variant]))
     if "offline" in changes:
-        changes["offline"]["source"] = str(offline_data(task, RECORDED[variant]))
+        changes["offline"]["source"] = str(offline_data(task, *RECORDED[variant]))
     changes["train"] = changes.get("train", {}) | {"seed": seed}
     recipe = load_recipe(task, changes | {"name": f"{task}-{variant}-{seed}"})
     return replace(recipe, eval=replace(recipe.eval, video_episodes=0))
@@ -76,9 +76,9 @@ def as_shipped(task: str, variant: str) -> bool:
     return variant == load_recipe(task).algorithm
 
 
-def offline_data(task: str, episodes: int) -> Path:
+def offline_data(task: str, noise: str, episodes: int) -> Path:
     """Episodes of the base, recorded once per task."""
-    return RUNS / f"{task}-layout-{episodes}.npz"
+    return RUNS / f"{task}-{noise}-{episodes}.npz"
 
 
 def record_task(task: str, variants: set[str]) -> None:
@@ -86,10 +86,10 @@ def record_task(task: str, variants: set[str]) -> None:
     from dsrl_vla.cli import main as command
 
     base_measures(task)
-    for episodes in {RECORDED[v] for v in variants if v in RECORDED}:
-        out = offline_data(task, episodes)
+    for noise, episodes in sorted({RECORDED[v] for v in variants if v in RECORDED}):
+        out = offline_data(task, noise, episodes)
         if not out.exists():
-            status = command(["record", task, "--noise", "layout", "--episodes", str(episodes), "--out", str(out)])
+            status = command(["record", task, "--noise", noise, "--episodes", str(episodes), "--out", str(out)])
             if status:
                 raise SystemExit(status)
 

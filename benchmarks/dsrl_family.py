@@ -3,9 +3,9 @@
     python benchmarks/dsrl_family.py [--tasks …] [--variants …] [--seeds 0 1 2] [--workers 2] [--report-only]
 
 Every variant uses the shipped recipe of its task. Offline data are recorded episodes of the base, its noise drawn in
-the recipe's layout: 50 before learning online, drawn at every decision; 400 to learn from alone, drawn once per episode. Runs are kept under runs/family/, and neither
-they nor those that the results file already holds with the present recipes are repeated; what steer_metaworld.py has
-run, with the shipped algorithm, is taken over from there.
+the recipe's layout: 50 before learning online, drawn at every decision; 400 to learn from alone, drawn once per
+episode. Runs are kept under runs/family/, and neither they nor those that the results file already holds with the
+present recipes are repeated; what steer_metaworld.py has run, with the shipped algorithm, is taken over from there.
 Writes benchmarks/results/dsrl_family.json, and prints the table.
 """
 

@@ -1,0 +1,96 @@
+"""After Figures 4 and 5 of arXiv 2506.15799: steering a frozen diffusion policy on robosuite's Lift and Can.
+
+    python benchmarks/paper_robosuite.py [--tasks lift can] [--variants sac na offline-to-online] [--seeds 0 1 2]
+
+Not the paper's setting: the bases are clones of a scripted operator (`make_robosuite_bases.py`), not of Robomimic's
+people. `sac` is the shipped recipe robosuite-<task>, `na` the same by DSRL-NA, `offline-to-online` starts that from 50
+recorded episodes of the base, its noise drawn once per episode. Every run ends early when two validations in a row are
+good enough; the head that is best by validation plays 100 held-out episodes, the same as base and controls. Runs that
+benchmarks/results/paper_robosuite.json holds are not repeated; it grows run by run.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import tyro
+from dsrl_vla.cli import main as command
+from dsrl_vla.recipe import Recipe, load_recipe
+from dsrl_vla.training import train
+from kept_runs import base_measures, holds, merged, read, settings
+from steer_metaworld import learning_curve
+
+RUNS = Path("runs/paper-robosuite")
+RECORDED = 50
+VARIANTS: dict[str, dict[str, Any]] = {
+    "sac": {},
+    "na": {"algorithm": "na"},
+    "offline-to-online": {"algorithm": "na", "train": {"learning_starts": 1}},
+}
+OWN = ("steered", "steered_stochastic", "difference", "train_seed", "env_steps", "updates", "train_seconds")
+
+
+@dataclass(frozen=True)
+class Args:
+    """What to run."""
+
+    tasks: tuple[str, ...] = ("lift", "can")
+    variants: tuple[str, ...] = tuple(VARIANTS)
+    seeds: tuple[int, ...] = (0, 1, 2)
+    out: Path = field(default=Path(__file__).parent / "results" / "paper_robosuite.json")
+
+
+def recipe_for(task: str, variant: str, seed: int) -> Recipe:
+    """The shipped recipe with what the variant changes."""
+    changes = json.loads(json.dumps(VARIANTS[variant]))
+    changes["train"] = changes.get("train", {}) | {"seed": seed}
+    recipe = load_recipe(f"robosuite-{task}", changes)
+    if variant != "offline-to-online":
+        return recipe
+    source = str(RUNS / f"{task}-held-{RECORDED}.npz")
+    return replace(recipe, offline=replace(recipe.offline, source=source, updates=2000))
+
+
+def record(task: str, path: Path) -> None:
+    """Record offline episodes, once."""
+    options = ["--noise", "held", "--episodes", str(RECORDED), "--out", str(path)]
+    if not path.exists() and command(["record", f"robosuite-{task}", *options]):
+        raise SystemExit(f"{path}: not recorded")
+
+
+def run(task: str, variant: str, seed: int, args: Args) -> dict[str, Any]:
+    """One run; the task's entry in the results file with it among the others."""
+    recipe, out = recipe_for(task, variant, seed), RUNS / f"{task}-{variant}-{seed}"
+    if recipe.offline.source:
+        record(task, Path(recipe.offline.source))
+    known = base_measures(RUNS / f"{task}-base.json", recipe)
+    if not (out / "eval.json").exists():
+        train(recipe, out, resume=(out / "recipe.yaml").exists(), known=known)
+    result = json.loads((out / "eval.json").read_text())
+    fresh = {"settings": settings(recipe)} | {key: result[key] for key in OWN} | learning_curve(out)
+    variants = read(args.out).get(task, {}).get("variants", {})
+    variants[variant] = merged(variants.get(variant, []), [fresh], settings(recipe))
+    return {key: result[key] for key in ("task", "episodes", "base", "controls")} | {"variants": variants}
+
+
+def main() -> int:
+    args = tyro.cli(Args, description=__doc__)
+    torch.set_num_threads(1)
+    RUNS.mkdir(parents=True, exist_ok=True)
+    for seed, variant, task in ((s, v, t) for s in args.seeds for v in args.variants for t in args.tasks):
+        held = read(args.out).get(task, {}).get("variants", {}).get(variant, [])
+        if not holds(held, seed, settings(recipe_for(task, variant, seed))):
+            entry = run(task, variant, seed, args)
+            args.out.write_text(json.dumps(read(args.out) | {task: entry}, indent=1) + "\n")
+            each = {r["train_seed"]: r["steered"]["success"] for r in entry["variants"][variant]}
+            print(task, variant, each, flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

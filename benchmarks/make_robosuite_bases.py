@@ -22,6 +22,7 @@ from dsrl_vla import load_base
 from dsrl_vla import seeds as ranges
 from dsrl_vla.adapters.diffusion import DiffusionMLPConfig, clone_diffusion
 from dsrl_vla.evaluation import measure_base
+from dsrl_vla.measures import shown
 from dsrl_vla.observation import STATE
 from dsrl_vla.recipe import load_recipe
 from dsrl_vla.rollout import VectorTask
@@ -145,10 +146,7 @@ def make(name: str, data: dict[str, np.ndarray]) -> dict[str, Any]:
 
 def card(name: str, result: dict[str, Any]) -> str:
     """Its README.md."""
-    rows = "\n".join(
-        f"| {key} | {m['success']:.2f} | [{m['ci95'][0]:.2f}, {m['ci95'][1]:.2f}] |"
-        for key, m in result["measures"].items()
-    )
+    rows = "\n".join(f"| {key} | {' | '.join(shown(m))} |" for key, m in result["measures"].items())
     first, last = result["seeds"]
     return CARD.format(name=name, rows=rows, first=first, last=last, **result)
 

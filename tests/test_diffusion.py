@@ -6,6 +6,7 @@ import torch
 from dsrl_vla import load_base
 from dsrl_vla.adapters.diffusion import DiffusionMLP, DiffusionMLPConfig, clone_diffusion, shipped_bases
 from dsrl_vla.errors import DsrlError, NotSteerableError
+from dsrl_vla.measures import shown
 from dsrl_vla.noise import generators
 from dsrl_vla.observation import unsqueeze
 
@@ -63,7 +64,7 @@ def test_shipped_bases_are_small_and_have_a_card_with_their_figures(name):
     base = load_base(f"diffusion:{name}")
     assert isinstance(base, DiffusionMLP) and (folder / "model.safetensors").stat().st_size < 2e6
     measured, card = json.loads((folder / "eval.json").read_text())["measures"], (folder / "README.md").read_text()
-    assert all(f"| {key} | {m['return']:.0f} |" in card for key, m in measured.items())
+    assert all(f"| {key} | {' | '.join(shown(m))} |" in card for key, m in measured.items())
     chunk = base.act({STATE: np.zeros(base.spec.observation.state_dim, np.float32)}, seed=0)
     assert chunk.shape == (4, base.spec.action_dim) and chunk.abs().max() <= 1 + 1e-6
     assert base.encode(unsqueeze({STATE: np.zeros(base.spec.observation.state_dim, np.float32)})).batch == 1

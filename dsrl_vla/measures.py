@@ -44,6 +44,8 @@ class Yardstick(abc.ABC):
     decimals: int
     """To keep of an interval's ends."""
     interval_name: str
+    search: str
+    """How to find a layout and bound that can be steered."""
 
     @abc.abstractmethod
     def score(self, episode: Episode) -> float:
@@ -66,6 +68,7 @@ class Success(Yardstick):
     """The share of episodes that succeed."""
 
     name, digits, decimals, interval_name = "success", 2, 4, "Wilson"
+    search = "Run `dsrl-vla preflight`: another layout or bound may be steerable where this one is not."
 
     def score(self, episode):
         return float(episode.success)
@@ -84,6 +87,7 @@ class Return(Yardstick):
     """The sum of an episode's rewards."""
 
     name, digits, decimals, interval_name = "return", 0, 1, "bootstrap"
+    search = "Set noise.layout and noise.bound in the recipe, and compare their runs."
 
     def score(self, episode):
         return episode.reward

@@ -17,7 +17,7 @@ import numpy as np
 from . import seeds as seed_ranges
 from .errors import bad
 from .evaluation import Measure, measure
-from .measures import wilson
+from .measures import YARDSTICKS, wilson
 from .noise import NoiseLayout, generators
 from .policy import FrozenPolicy
 from .probing import probe
@@ -60,9 +60,6 @@ def conditions(base: FrozenPolicy, config: PreflightConfig) -> dict[str, NoiseSo
     return found
 
 
-_BY_HAND = "Set noise.layout and noise.bound in the recipe, and compare their runs."
-
-
 def preflight(
     base: FrozenPolicy,
     task: VectorTask,
@@ -78,7 +75,8 @@ def preflight(
     for info in task.infos:
         base.check_task(info)
         if info.measure != "success":
-            raise bad("preflight", "a task that can succeed", f"{info.uri}, measured by its {info.measure}", _BY_HAND)
+            measured = f"{info.uri}, measured by its {info.measure}"
+            raise bad("preflight", "a task that can succeed", measured, YARDSTICKS[info.measure].search)
     observation = example(task)
     report = probe(base, observation)
     seeds = seed_ranges.block(seed_ranges.PREFLIGHT, config.episodes)

@@ -140,6 +140,6 @@ class Watch:
             return ""
         best = f"{self.best:.{self.yardstick.digits}f}"
         return (
-            f"half of the steps are used and validation {self.yardstick.name} has not risen (best {best}). Run "
-            "`dsrl-vla preflight`: another layout or bound may be steerable where this one is not."
+            f"half of the steps are used and validation {self.yardstick.name} has not risen (best {best}). "
+            f"{self.yardstick.search}"
         )

@@ -3,6 +3,7 @@ import pytest
 import torch
 from dsrl_vla.critic import CriticConfig, CriticEnsemble
 from dsrl_vla.head import HeadConfig
+from dsrl_vla.measures import YARDSTICKS
 from dsrl_vla.n_step import Decision
 from dsrl_vla.networks import NetworkConfig
 from dsrl_vla.noise import NoiseLayout, NoiseSpace
@@ -52,6 +53,15 @@ def test_each_ailment_is_named_with_what_to_do(columns, words):
     found = warnings(**columns)
     assert len(found) == 1 and found[0].startswith(words)
     assert any(remedy in found[0] for remedy in ("Raise", "lower", "preflight"))
+
+
+def test_where_preflight_cannot_help_it_is_not_advised():
+    seen = Watch(target_entropy=-0.5, episodes=10, env_steps=10_000, yardstick=YARDSTICKS["return"])
+    for row in rows(validation_return=[900.0, 910.0, 905.0, 900.0, 890.0]):
+        seen.see(row)
+    assert len(seen.warnings) == 1 and seen.warnings[0].endswith(
+        "Set noise.layout and noise.bound in the recipe, and compare their runs."
+    )
 
 
 def test_a_warning_is_repeated_only_after_its_cause_has_gone():

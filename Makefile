@@ -11,10 +11,11 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 OPENPI_VENV ?= .venv-openpi
 OPENPI_BIN := $(OPENPI_VENV)/bin
+ROBOSUITE_VENV ?= .venv-robosuite
 OUT ?= runs/demo
 JOBS ?= auto
 
-.PHONY: demo test lint bench bench-metaworld paper lerobot-env test-lerobot openpi-env test-openpi clean
+.PHONY: demo test lint bench bench-metaworld paper paper-robosuite lerobot-env test-lerobot openpi-env test-openpi clean
 .DEFAULT_GOAL := help
 
 help:
@@ -26,6 +27,7 @@ help:
 	@echo "make bench  measure speed and memory against their goals (about an hour)"
 	@echo "make bench-metaworld   the README's table again (about two hours on two cores)"
 	@echo "make paper  the paper's Gym benchmark, three seeds of what is missing, and benchmarks/REPORT.md (about four hours)"
+	@echo "make paper-robosuite   the same on robosuite's Lift, in $(ROBOSUITE_VENV) (about ten minutes)"
 
 $(VENV)/ready: setup.cfg pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -85,6 +87,18 @@ paper: $(VENV)/ready
 	$(BIN)/python benchmarks/paper_gym.py
 	$(BIN)/python benchmarks/paper_report.py
 
+# robosuite holds numpy below 2: an environment of its own.
+$(ROBOSUITE_VENV)/ready: setup.cfg pyproject.toml
+	$(PYTHON) -m venv $(ROBOSUITE_VENV)
+	$(ROBOSUITE_VENV)/bin/python -m pip install --quiet --upgrade pip
+	$(ROBOSUITE_VENV)/bin/python -m pip install --quiet "$(TORCH)"
+	$(ROBOSUITE_VENV)/bin/python -m pip install --quiet -e ".[robosuite,diffusion]"
+	touch $@
+
+paper-robosuite: $(ROBOSUITE_VENV)/ready $(VENV)/ready
+	$(ROBOSUITE_VENV)/bin/python benchmarks/paper_robosuite.py
+	$(BIN)/python benchmarks/paper_report.py
+
 bench-metaworld: $(VENV)/ready
 	$(BIN)/python benchmarks/steer_metaworld.py
 
@@ -107,4 +121,4 @@ test-openpi: $(OPENPI_VENV)/ready
 	$(OPENPI_BIN)/python -m pytest --disable-warnings tests/test_openpi_*.py tests/test_adapter_battery.py
 
 clean:
-	rm -rf $(VENV) $(LEROBOT_VENV) $(OPENPI_VENV) build *.egg-info
+	rm -rf $(VENV) $(LEROBOT_VENV) $(OPENPI_VENV) $(ROBOSUITE_VENV) build *.egg-info

@@ -1,6 +1,6 @@
 """Make the robosuite bases that ship: a scripted operator's imperfect demonstrations, a diffusion policy, a card.
 
-    python benchmarks/make_robosuite_bases.py [--tasks lift can] [--data FOLDER]
+    python benchmarks/make_robosuite_bases.py [--tasks lift] [--data FOLDER]
 
 About five minutes each on one core. Demonstrations are kept in FOLDER, and made again only where they are missing.
 They are no people's, and not the Robomimic data set: in half of the episodes the operator sees the object 4.5 cm from
@@ -48,7 +48,7 @@ class Demos:
     """Standard deviation of the operator's hand, in action units."""
 
 
-TASKS = {"lift": Demos("Lift", 60), "can": Demos("Can", 150)}
+TASKS = {"lift": Demos("Lift", 60)}
 CARD = """---
 library_name: dsrl-vla
 pipeline_tag: robotics

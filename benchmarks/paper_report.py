@@ -146,7 +146,8 @@ def command(task: str) -> str:
 
 def success_section(title: str, found: dict[str, Any], runs_of: Any) -> list[str]:
     """Tasks with success: a table with every control, and IQM over the tasks that a variant has been run on."""
-    lines = [f"## {title}", "", "| task | base | zero | clipped | layout | variant | every seed | mean | steps to 0.90 |"]
+    columns = "task | base | zero | clipped | layout | variant | every seed | mean | steps to 0.90"
+    lines = [f"## {title}", "", f"| {columns} |"]
     lines += ["|---|---|---|---|---|---|---|---|---|"]
     scores: dict[str, dict[str, list[float]]] = {}
     for task, entry in found.items():
@@ -183,7 +184,8 @@ def main() -> int:
     lines = [INTRODUCTION, *gym_section(read("paper_gym"))]
     robosuite = {t: e for t, e in read("paper_robosuite").items() if {"base", "controls", "variants"} <= set(e)}
     if robosuite:
-        lines += success_section("robosuite: a base cloned from a scripted operator", robosuite, lambda entry: entry["variants"])
+        title = "robosuite: a base cloned from a scripted operator"
+        lines += success_section(title, robosuite, lambda entry: entry["variants"])
     lines += success_section("MetaWorld, the shipped recipes", read("metaworld"), by_kind)
     lines += success_section("MetaWorld, the DSRL family", read("dsrl_family"), lambda entry: entry["variants"])
     (HERE / "REPORT.md").write_text("\n".join(lines).rstrip() + "\n")

@@ -139,6 +139,6 @@ def generators(seeds: list[int]) -> list[torch.Generator]:
     return [torch.Generator().manual_seed(seed) for seed in seeds]
 
 
-def restarted(generators: list[torch.Generator]) -> list[torch.Generator]:
+def restarted(drawn: list[torch.Generator]) -> list[torch.Generator]:
     """Generators as these were when they were seeded."""
-    return [torch.Generator().manual_seed(g.initial_seed()) for g in generators]
+    return generators([g.initial_seed() for g in drawn])

@@ -197,6 +197,11 @@ def test_the_recorder_draws_as_the_base_or_as_a_head_would(fork_recipe, tmp_path
     assert (drawn[0][0] != drawn[1][0]).any()
 
 
+def test_the_base_as_it_ships_is_recorded_whatever_the_layout(fork_recipe, tmp_path):
+    options = ["--episodes", "1", "--noise.layout", "auto"]
+    assert main(["record", str(fork_recipe), "--out", str(tmp_path / "x.npz"), *options]) == 0
+
+
 def test_the_recorder_is_told_one_source(fork_recipe, tmp_path, capsys):
     options = ["--noise", "held", "--run", str(tmp_path)]
     assert main(["record", str(fork_recipe), "--out", str(tmp_path / "x.npz"), *options]) == 2

@@ -197,14 +197,13 @@ def run_record(argv: list[str]) -> int:
     if args.run and args.noise:
         raise bad("record", "--noise or --run", f"both, --noise {args.noise} and --run {args.run}")
     base = recipe.base.load()
-    layout = recipe.noise.over(base.spec.noise)
     source: NoiseSource = PriorNoise(base.spec.noise)
     if args.run:
         source = HeadNoise(load_run(args.run)[1])
     elif args.noise == "layout":
-        source = LayoutNoise(layout)
+        source = LayoutNoise(recipe.noise.over(base.spec.noise))
     elif args.noise == "held":
-        source = HeldNoise(layout)
+        source = HeldNoise(recipe.noise.over(base.spec.noise))
     numbers, won = seeds.block(seeds.RECORDING, args.episodes), []
     with tqdm(total=args.episodes, unit="episode", desc="recording", disable=None) as bar:
 

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import tyro
-from kept_runs import holds, merged, read, settings
+from kept_runs import holds, merged, read, recorded, settings
 from steer_metaworld import RUNS as BASE_RUNS
 from steer_metaworld import base_measures, learning_curve, recipe_for
 
@@ -83,15 +83,9 @@ def offline_data(task: str, noise: str, episodes: int) -> Path:
 
 def record_task(task: str, variants: set[str]) -> None:
     """Record what a task's variants learn from offline, and measure its base and controls, unless they are there."""
-    from dsrl_vla.cli import main as command
-
     base_measures(task)
     for noise, episodes in sorted({RECORDED[v] for v in variants if v in RECORDED}):
-        out = offline_data(task, noise, episodes)
-        if not out.exists():
-            status = command(["record", task, "--noise", noise, "--episodes", str(episodes), "--out", str(out)])
-            if status:
-                raise SystemExit(status)
+        recorded(task, noise, episodes, offline_data(task, noise, episodes))
 
 
 def run_ticket(task: str, seed: int, out: Path) -> None:

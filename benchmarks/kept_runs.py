@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from dsrl_vla import seeds as ranges
+from dsrl_vla.cli import main as command
 from dsrl_vla.evaluation import Measure, measure_base
 from dsrl_vla.recipe import Recipe
 from dsrl_vla.rollout import Episode, VectorTask
@@ -64,3 +65,10 @@ def base_measures(path: Path, recipe: Recipe) -> dict[str, Measure]:
         path.write_text(json.dumps({name: [asdict(e) for e in m.episodes] for name, m in found.items()}))
     raw = json.loads(path.read_text())
     return {name: Measure(tuple(Episode(**e) for e in episodes)) for name, episodes in raw.items()}
+
+
+def recorded(recipe: str, noise: str, episodes: int, out: Path) -> None:
+    """Record offline episodes of a shipped recipe's base, unless they are there."""
+    options = ["--noise", noise, "--episodes", str(episodes), "--out", str(out)]
+    if not out.exists() and (status := command(["record", recipe, *options])):
+        raise SystemExit(status)

@@ -8,7 +8,6 @@ and made again only where they are missing. Writes dsrl_vla/data/bases/<task>/.
 
 from __future__ import annotations
 
-import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,15 +17,11 @@ import gym_experts
 import numpy as np
 import torch
 import tyro
-from dsrl_vla import load_base
-from dsrl_vla import seeds as ranges
-from dsrl_vla.adapters.diffusion import DiffusionMLPConfig, clone_diffusion
-from dsrl_vla.evaluation import measure_base
+from diffusion_bases import clone, figures, write
 from dsrl_vla.noise import NoiseLayout
-from dsrl_vla.rollout import TaskConfig, VectorTask
+from dsrl_vla.rollout import TaskConfig
 
-BASES = Path(__file__).parents[1] / "dsrl_vla" / "data" / "bases"
-DATA_STEPS, CLONE_STEPS, EPISODES, BOUND = 200_000, 20_000, 100, 1.5
+DATA_STEPS, BOUND = 200_000, 1.5
 CARD = """---
 library_name: dsrl-vla
 pipeline_tag: robotics
@@ -77,52 +72,24 @@ def rollouts(name: str, path: Path) -> dict[str, np.ndarray]:
 
 def make(name: str, data: dict[str, np.ndarray]) -> dict[str, Any]:
     """Clone, save and measure; return what ``eval.json`` holds."""
-    cuts = np.cumsum(data["lengths"])[:-1]
-    episodes = list(zip(np.split(data["states"], cuts), np.split(data["actions"], cuts), strict=True))
-    config = DiffusionMLPConfig(data["states"].shape[1], data["actions"].shape[1])
-    folder, expert = BASES / name, gym_experts.EXPERTS[name]
-    if not (folder / "config.json").exists():
-        clone_diffusion(episodes, config, CLONE_STEPS).save_pretrained(folder)
-        (folder / "model.safetensors").chmod(0o644)
-    base = load_base(f"diffusion:{name}")
-    seeds = ranges.block(ranges.EVALUATION, EPISODES)
-    with VectorTask(TaskConfig(f"gymnasium:{expert.env}", 1000, 10), base.spec.executed_steps) as task:
-        found = measure_base(base, task, NoiseLayout(base.spec.noise, "chunk", BOUND), seeds, controls=True)
-    result = {
+    base, expert = clone(name, data), gym_experts.EXPERTS[name]
+    task = TaskConfig(f"gymnasium:{expert.env}", 1000, 10)
+    return {
         "env": expert.env,
         "algorithm": expert.algorithm.__name__,
         "stop_at": expert.stop_at,
         "expert_steps": int(data["steps"]),
         "data_steps": int(data["lengths"].sum()),
         "data_return": float(data["returns"].mean()),
-        "clone_steps": CLONE_STEPS,
-        "weights": sum(w.numel() for n, w in base.state_dict().items() if not n.startswith(("state_", "action_"))),
-        "episodes": EPISODES,
-        "seeds": [seeds[0], seeds[-1]],
         "bound": BOUND,
-        "measures": {key: m.to_json() for key, m in found.items()},
-    }
-    (folder / "eval.json").write_text(json.dumps(result, indent=1) + "\n")
-    return result
-
-
-def card(name: str, result: dict[str, Any]) -> str:
-    """Its README.md."""
-    rows = "\n".join(
-        f"| {key} | {m['return']:.0f} | [{m['ci95'][0]:.0f}, {m['ci95'][1]:.0f}] | {m['mean_steps']:.0f} |"
-        for key, m in result["measures"].items()
-    )
-    first, last = result["seeds"]
-    return CARD.format(name=name, rows=rows, first=first, last=last, **result)
+    } | figures(base, task, lambda space: NoiseLayout(space, "chunk", BOUND))
 
 
 def main() -> int:
     args = tyro.cli(Args, description=__doc__)
     torch.set_num_threads(1)
     for name in args.tasks:
-        result = make(name, rollouts(name, args.data / f"{name}.npz"))
-        (BASES / name / "README.md").write_text(card(name, result))
-        print(name, {key: round(m["return"]) for key, m in result["measures"].items()}, flush=True)
+        write(name, make(name, rollouts(name, args.data / f"{name}.npz")), CARD, steps=True)
     return 0
 
 

@@ -9,7 +9,6 @@ where it is, and mostly fails; failures are kept. Writes dsrl_vla/data/bases/<ta
 
 from __future__ import annotations
 
-import json
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,19 +17,12 @@ from typing import Any
 import numpy as np
 import torch
 import tyro
-from dsrl_vla import load_base
+from diffusion_bases import clone, figures, write
 from dsrl_vla import seeds as ranges
-from dsrl_vla.adapters.diffusion import DiffusionMLPConfig, clone_diffusion
-from dsrl_vla.evaluation import measure_base
-from dsrl_vla.measures import shown
 from dsrl_vla.observation import STATE
 from dsrl_vla.recipe import load_recipe
-from dsrl_vla.rollout import VectorTask
 from dsrl_vla.tasks import make_task
 from tqdm import tqdm
-
-BASES = Path(__file__).parents[1] / "dsrl_vla" / "data" / "bases"
-CLONE_STEPS, EPISODES = 20_000, 100
 
 
 @dataclass(frozen=True)
@@ -117,47 +109,25 @@ def demonstrations(demos: Demos, path: Path) -> dict[str, np.ndarray]:
 
 def make(name: str, data: dict[str, np.ndarray]) -> dict[str, Any]:
     """Clone, save and measure; return what ``eval.json`` holds."""
-    cuts = np.cumsum(data["lengths"])[:-1]
-    episodes = list(zip(np.split(data["states"], cuts), np.split(data["actions"], cuts), strict=True))
-    folder = BASES / name
-    if not (folder / "config.json").exists():
-        config = DiffusionMLPConfig(data["states"].shape[1], data["actions"].shape[1])
-        clone_diffusion(episodes, config, CLONE_STEPS).save_pretrained(folder)
-        (folder / "model.safetensors").chmod(0o644)
-    recipe, base = load_recipe(f"robosuite-{name}"), load_base(f"diffusion:{name}")
-    seeds = ranges.block(ranges.EVALUATION, EPISODES)
-    with VectorTask(recipe.task, base.spec.executed_steps) as task:
-        found = measure_base(base, task, recipe.noise.over(base.spec.noise), seeds, controls=True)
-    result = asdict(TASKS[name]) | {
-        "episodes_cloned": len(data["lengths"]),
-        "demos_success": float(data["success"].mean()),
-        "clone_steps": CLONE_STEPS,
-        "weights": sum(w.numel() for n, w in base.state_dict().items() if not n.startswith(("state_", "action_"))),
-        "episodes": EPISODES,
-        "limit": recipe.task.max_episode_steps,
-        "seeds": [seeds[0], seeds[-1]],
-        "layout": recipe.noise.layout,
-        "bound": recipe.noise.bound,
-        "measures": {key: m.to_json() for key, m in found.items()},
-    }
-    (folder / "eval.json").write_text(json.dumps(result, indent=1) + "\n")
-    return result
-
-
-def card(name: str, result: dict[str, Any]) -> str:
-    """Its README.md."""
-    rows = "\n".join(f"| {key} | {' | '.join(shown(m))} |" for key, m in result["measures"].items())
-    first, last = result["seeds"]
-    return CARD.format(name=name, rows=rows, first=first, last=last, **result)
+    base, recipe = clone(name, data), load_recipe(f"robosuite-{name}")
+    return (
+        asdict(TASKS[name])
+        | {
+            "episodes_cloned": len(data["lengths"]),
+            "demos_success": float(data["success"].mean()),
+            "limit": recipe.task.max_episode_steps,
+            "layout": recipe.noise.layout,
+            "bound": recipe.noise.bound,
+        }
+        | figures(base, recipe.task, recipe.noise.over)
+    )
 
 
 def main() -> int:
     args = tyro.cli(Args, description=__doc__)
     torch.set_num_threads(1)
     for name in args.tasks:
-        result = make(name, demonstrations(TASKS[name], args.data / f"{name}.npz"))
-        (BASES / name / "README.md").write_text(card(name, result))
-        print(name, {key: m["success"] for key, m in result["measures"].items()}, flush=True)
+        write(name, make(name, demonstrations(TASKS[name], args.data / f"{name}.npz")), CARD, steps=False)
     return 0
 
 

@@ -13,16 +13,15 @@ from __future__ import annotations
 
 import json
 import sys
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 import tyro
-from dsrl_vla.cli import main as command
 from dsrl_vla.recipe import Recipe, load_recipe
 from dsrl_vla.training import train
-from kept_runs import base_measures, holds, merged, read, settings
+from kept_runs import base_measures, holds, merged, read, recorded, settings
 from steer_metaworld import learning_curve
 
 RUNS = Path("runs/paper-robosuite")
@@ -30,7 +29,7 @@ RECORDED = 50
 VARIANTS: dict[str, dict[str, Any]] = {
     "sac": {},
     "na": {"algorithm": "na"},
-    "offline-to-online": {"algorithm": "na", "train": {"learning_starts": 1}},
+    "offline-to-online": {"algorithm": "na", "offline": {"updates": 2000}, "train": {"learning_starts": 1}},
 }
 OWN = ("steered", "steered_stochastic", "difference", "train_seed", "env_steps", "updates", "train_seconds")
 
@@ -48,26 +47,17 @@ class Args:
 def recipe_for(task: str, variant: str, seed: int) -> Recipe:
     """The shipped recipe with what the variant changes."""
     changes = json.loads(json.dumps(VARIANTS[variant]))
+    if "offline" in changes:
+        changes["offline"]["source"] = str(RUNS / f"{task}-held-{RECORDED}.npz")
     changes["train"] = changes.get("train", {}) | {"seed": seed}
-    recipe = load_recipe(f"robosuite-{task}", changes)
-    if variant != "offline-to-online":
-        return recipe
-    source = str(RUNS / f"{task}-held-{RECORDED}.npz")
-    return replace(recipe, offline=replace(recipe.offline, source=source, updates=2000))
-
-
-def record(task: str, path: Path) -> None:
-    """Record offline episodes, once."""
-    options = ["--noise", "held", "--episodes", str(RECORDED), "--out", str(path)]
-    if not path.exists() and command(["record", f"robosuite-{task}", *options]):
-        raise SystemExit(f"{path}: not recorded")
+    return load_recipe(f"robosuite-{task}", changes)
 
 
 def run(task: str, variant: str, seed: int, args: Args) -> dict[str, Any]:
     """One run; the task's entry in the results file with it among the others."""
     recipe, out = recipe_for(task, variant, seed), RUNS / f"{task}-{variant}-{seed}"
     if recipe.offline.source:
-        record(task, Path(recipe.offline.source))
+        recorded(f"robosuite-{task}", "held", RECORDED, Path(recipe.offline.source))
     known = base_measures(RUNS / f"{task}-base.json", recipe)
     if not (out / "eval.json").exists():
         train(recipe, out, resume=(out / "recipe.yaml").exists(), known=known)

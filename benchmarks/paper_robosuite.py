@@ -29,7 +29,7 @@ RECORDED = 50
 VARIANTS: dict[str, dict[str, Any]] = {
     "sac": {},
     "na": {"algorithm": "na"},
-    "offline-to-online": {"algorithm": "na", "offline": {"updates": 2000}, "train": {"learning_starts": 1}},
+    "offline-to-online": {"algorithm": "na", "offline": {"updates": 2000, "stride": 2}, "train": {"learning_starts": 1}},
 }
 OWN = ("steered", "steered_stochastic", "difference", "train_seed", "env_steps", "updates", "train_seconds")
 

@@ -106,18 +106,22 @@ def gym_section(found: dict[str, Any]) -> list[str]:
 
 
 def side_by_side(found: dict[str, Any]) -> list[str]:
-    """The best validation so far, at every budget that both have reached with the same seed."""
-    lines = ["Best validation return so far, the same training seed and budget:", ""]
-    lines += ["| task | seed | environment steps | ours | sb3 |", "|---|---|---|---|---|"]
+    """The best validation so far at every budget: mean over the seeds that both sides have, and each of them."""
+    lines = ["Best validation return so far, mean of the seeds that both have run (and each seed's):", ""]
+    lines += ["| task | seeds | environment steps | ours | sb3 |", "|---|---|---|---|---|"]
     for task, entry in found.items():
         sides = [{run["train_seed"]: run for run in entry["variants"].get(name, [])} for name in ("ours", "sb3")]
-        for seed in sorted(sides[0].keys() & sides[1].keys()):
-            ours, theirs = sides[0][seed], sides[1][seed]
-            for budget, *_ in theirs["curve"]:
-                if budget <= 1.01 * ours["curve"][-1][0]:
-                    cells = f"{best_so_far(ours, budget):.0f} | {best_so_far(theirs, budget):.0f}"
-                    lines.append(f"| {task} | {seed} | {budget:,} | {cells} |")
+        seeds = sorted(sides[0].keys() & sides[1].keys())
+        reached = min((side[seed]["curve"][-1][0] for side in sides for seed in seeds), default=0)
+        for budget in [at for at, *_ in sides[1][seeds[0]]["curve"] if at <= 1.01 * reached] if seeds else []:
+            cells = " | ".join(told([best_so_far(side[seed], budget) for seed in seeds]) for side in sides)
+            lines.append(f"| {task} | {', '.join(map(str, seeds))} | {budget:,} | {cells} |")
     return [*lines, ""]
+
+
+def told(each: list[float]) -> str:
+    """A mean, and what it is the mean of."""
+    return f"**{np.mean(each):.0f}** ({', '.join(f'{x:.0f}' for x in each)})"
 
 
 def verdicts(found: dict[str, Any]) -> list[str]:

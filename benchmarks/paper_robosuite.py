@@ -1,12 +1,12 @@
-"""After Figures 4 and 5 of arXiv 2506.15799: steering a frozen diffusion policy on robosuite's Lift.
+"""After Figures 4 and 5 of arXiv 2506.15799: steering a frozen diffusion policy on robosuite's Lift and Can.
 
-    python benchmarks/paper_robosuite.py [--tasks lift] [--variants sac na offline-to-online] [--seeds 0 1 2]
+    python benchmarks/paper_robosuite.py [--tasks lift can] [--variants sac na offline-to-online] [--seeds 0 1 2]
 
 Not the paper's setting: the base is a clone of a scripted operator (`make_robosuite_bases.py`), not of Robomimic's
-people. `sac` is the shipped recipe robosuite-<task>, `na` the same by DSRL-NA, `offline-to-online` starts that from 50
-recorded episodes of the base, its noise drawn once per episode. Every run ends early when two validations in a row are
-good enough; the head that is best by validation plays 100 held-out episodes, the same as base and controls. Runs that
-benchmarks/results/paper_robosuite.json holds are not repeated; it grows run by run.
+people. `sac` and `na` are the shipped recipe robosuite-<task> by either algorithm; `offline-to-online` starts `na`
+from 50 recorded episodes of the base, its noise drawn once per episode. Every run ends early when two validations in
+a row are good enough; the head that is best by validation plays 100 held-out episodes, the same as base and controls.
+Runs that benchmarks/results/paper_robosuite.json holds are not repeated; it grows run by run.
 """
 
 from __future__ import annotations
@@ -27,9 +27,13 @@ from steer_metaworld import learning_curve
 RUNS = Path("runs/paper-robosuite")
 RECORDED = 50
 VARIANTS: dict[str, dict[str, Any]] = {
-    "sac": {},
+    "sac": {"algorithm": "sac"},
     "na": {"algorithm": "na"},
-    "offline-to-online": {"algorithm": "na", "offline": {"updates": 2000, "stride": 2}, "train": {"learning_starts": 1}},
+    "offline-to-online": {
+        "algorithm": "na",
+        "offline": {"updates": 2000, "stride": 2},
+        "train": {"learning_starts": 1},
+    },
 }
 OWN = ("steered", "steered_stochastic", "difference", "train_seed", "env_steps", "updates", "train_seconds")
 
@@ -38,7 +42,7 @@ OWN = ("steered", "steered_stochastic", "difference", "train_seed", "env_steps",
 class Args:
     """What to run."""
 
-    tasks: tuple[str, ...] = ("lift",)
+    tasks: tuple[str, ...] = ("lift", "can")
     variants: tuple[str, ...] = tuple(VARIANTS)
     seeds: tuple[int, ...] = (0, 1, 2)
     out: Path = field(default=Path(__file__).parent / "results" / "paper_robosuite.json")

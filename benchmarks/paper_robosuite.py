@@ -1,12 +1,12 @@
 """After Figures 4 and 5 of arXiv 2506.15799: steering a frozen diffusion policy on robosuite's Lift.
 
-    python benchmarks/paper_robosuite.py [--tasks lift] [--variants sac na offline-to-online] [--seeds 0 1 2]
+    python benchmarks/paper_robosuite.py [--tasks lift] [--variants sac na …] [--seeds 0 1 2]
 
 Not the paper's setting: the base is a clone of a scripted operator (`make_robosuite_bases.py`), not of Robomimic's
-people. `sac` and `na` are the shipped recipe robosuite-<task> by either algorithm; `offline-to-online` starts `na`
-from 50 recorded episodes of the base, its noise drawn once per episode. Every run ends early when two validations in
-a row are good enough; the head that is best by validation plays 100 held-out episodes, the same as base and controls.
-Runs that benchmarks/results/paper_robosuite.json holds are not repeated; it grows run by run.
+people. `sac`, `na` and `na-exact` are the shipped recipe robosuite-<task> by each algorithm; `offline-to-online`
+starts `na` from 50 recorded episodes of the base, its noise drawn once per episode. Every run ends early when two
+validations in a row are good enough; the head that is best by validation plays 100 held-out episodes, the same as
+base and controls. Runs that benchmarks/results/paper_robosuite.json holds are not repeated; it grows run by run.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ RECORDED = 50
 VARIANTS: dict[str, dict[str, Any]] = {
     "sac": {"algorithm": "sac"},
     "na": {"algorithm": "na"},
+    "na-exact": {"algorithm": "na-exact"},
     "offline-to-online": {
         "algorithm": "na",
         "offline": {"updates": 2000, "stride": 2},

@@ -22,9 +22,12 @@ HERE = Path(__file__).parent
 PICTURE = RESULTS / "paper_gym.png"
 COLOURS = {"ours": "#0b6e99", "sb3": "#7a4fa3", "base": "#b5651d"}
 GOALS = {"hopper": 1.8, "walker2d": 1.8, "halfcheetah": 1.2}
+SCALE = {"hopper": (-20.272305, 3234.3), "walker2d": (1.629008, 4592.3), "halfcheetah": (-280.178953, 12135.0)}
+"""Returns that D4RL scores 0 (random) and 100 (expert)."""
 SEEDS, BUDGET = 3, 200_000
-CAVEAT = """Compare rows of the same environment steps only: a run to fewer steps may still be rising where it stops
-(see the picture). The wall times in the JSON were taken on a machine busy with other work: they decide nothing."""
+CAVEAT = """Score: on D4RL's scale, 0 for its random and 100 for its expert policy, which were measured on version 2 of these
+environments; here it is version 5. Compare rows of the same environment steps only: a run to fewer steps
+may still be rising where it stops (see the picture). The wall times in the JSON were taken on a machine busy with other work: they decide nothing."""
 INTRODUCTION = """# The paper's benchmarks
 
 Written by `benchmarks/paper_report.py` from the JSON in `benchmarks/results/`; `make paper` runs what is missing.
@@ -78,9 +81,18 @@ def draw(found: dict[str, Any]) -> None:
     plt.close(figure)
 
 
-def rows(measures: dict[str, dict[str, Any]], task: str, base: float) -> list[str]:
+def rows(measures: dict[str, dict[str, Any]], task: str, episodes: int, base: float) -> list[str]:
     """A row for each way of picking noise that takes no training."""
-    return [f"| {task} | {k} | | | {' | '.join(shown(m))} | {value(m) / base:.2f} | |" for k, m in measures.items()]
+    return [
+        f"| {task}, {episodes} episodes | {k} | | | {' | '.join(shown(m))} | {relative(task, m, base)} | |"
+        for k, m in measures.items()
+    ]
+
+
+def relative(task: str, measure: dict[str, Any], base: float) -> str:
+    """D4RL's score, and times the base's return."""
+    low, high = SCALE[task]
+    return f"{100 * (value(measure) - low) / (high - low):.0f} | {value(measure) / base:.2f}"
 
 
 def gym_section(found: dict[str, Any]) -> list[str]:
@@ -90,15 +102,17 @@ def gym_section(found: dict[str, Any]) -> list[str]:
         return [*lines, "Nothing has been run yet: `python benchmarks/paper_gym.py`.", ""]
     draw(found)
     lines += [f"![validation return against environment steps](results/{PICTURE.name})", ""]
-    lines += ["| task | noise | training seed | env steps | return | 95 % interval | of the base's | CPU seconds |"]
-    lines += ["|---|---|---|---|---|---|---|---|"]
+    lines += [
+        "| task | noise | training seed | env steps | return | 95 % interval | score | of the base's | CPU seconds |"
+    ]
+    lines += ["|---|---|---|---|---|---|---|---|---|"]
     for task, entry in found.items():
         base = value(entry["base"])
-        lines += rows({"base": entry["base"]} | entry["controls"], f"{task}, {entry['episodes']} episodes", base)
+        lines += rows({"base": entry["base"]} | entry["controls"], task, entry["episodes"], base)
         for variant, runs in entry["variants"].items():
             for run in runs:
                 cells = " | ".join(shown(run["steered"]))
-                times = f"{value(run['steered']) / base:.2f} | {run.get('cpu_seconds', '–')}"
+                times = f"{relative(task, run['steered'], base)} | {run.get('cpu_seconds', '–')}"
                 lines.append(
                     f"| {task} | {variant} | {run['train_seed']} | {run['env_steps']:,} | {cells} | {times} |"
                 )

@@ -25,9 +25,9 @@ GOALS = {"hopper": 1.8, "walker2d": 1.8, "halfcheetah": 1.2}
 SCALE = {"hopper": (-20.272305, 3234.3), "walker2d": (1.629008, 4592.3), "halfcheetah": (-280.178953, 12135.0)}
 """Returns that D4RL scores 0 (random) and 100 (expert)."""
 SEEDS, BUDGET = 3, 200_000
-CAVEAT = """Score: on D4RL's scale, 0 for its random and 100 for its expert policy, which were measured on version 2 of these
-environments; here it is version 5. Compare rows of the same environment steps only: a run to fewer steps
-may still be rising where it stops (see the picture). The wall times in the JSON were taken on a machine busy with other work: they decide nothing."""
+CAVEAT = """Score: on D4RL's scale, 0 for its random and 100 for its expert policy, which were measured on version 2 of
+these environments; here it is version 5. Compare rows of the same environment steps only. CPU seconds are those of a
+whole run, validation included; the wall times in the JSON were taken on a machine busy with other work."""
 INTRODUCTION = """# The paper's benchmarks
 
 Written by `benchmarks/paper_report.py` from the JSON in `benchmarks/results/`; `make paper` runs what is missing.

@@ -6,7 +6,8 @@ Every variant uses the shipped recipe of its task. Offline data are recorded epi
 the recipe's layout: 50 before learning online, drawn at every decision; 400 to learn from alone, drawn once per
 episode. Runs are kept under runs/family/, and neither they nor those that the results file already holds with the
 present recipes are repeated; what steer_metaworld.py has run, with the shipped algorithm, is taken over from there.
-Writes benchmarks/results/dsrl_family.json, and prints the table.
+ogbench-cube-2, which is not among the default tasks, needs its base first: `dsrl-vla pretrain nano-ogbench-cube --out
+bases/ogbench-cube`. Writes benchmarks/results/dsrl_family.json, and prints the table.
 """
 
 from __future__ import annotations

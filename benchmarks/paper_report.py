@@ -148,12 +148,11 @@ def verdicts(found: dict[str, Any]) -> list[str]:
             lines.append(f"- {task}, {goal} times the base's return: **not run**. `{command(task)}`")
             continue
         times = [value(run["steered"]) / value(entry["base"]) for run in runs]
-        verdict = "met" if min(times) >= goal else "**missed**"
+        short = sum(t < goal for t in times)
+        verdict = f"**missed** by {short} of {len(runs)} seeds" if short else "met by every seed run"
         said = f"{', '.join(f'{t:.2f}' for t in times)} times"
         more = "" if len(runs) >= SEEDS else f"; **only {len(runs)} of {SEEDS} seeds run**: `{command(task)}`"
-        lines.append(f"- {task}, {goal} times the base's return: {verdict} by every seed run ({said}){more}")
-        if len(runs) < SEEDS and min(times) < goal:
-            lines[-1] = lines[-1].replace("by every seed run", "by a seed")
+        lines.append(f"- {task}, {goal} times the base's return: {verdict} ({said}){more}")
     return [*lines, ""]
 
 

@@ -44,9 +44,7 @@ class CriticEnsemble(nn.Module):
 
     def forward(self, inputs: HeadInputs, latent: torch.Tensor) -> torch.Tensor:
         """inputs (B, …), latent (B, n, d) in [-1, 1] -> (E, B)."""
-        members = self.config.members
-        vectors = [x.expand(members, *x.shape) for x in self.eyes(inputs)]
-        return self.network(vectors, latent.expand(members, *latent.shape))[..., 0, 0]
+        return self.network(self.eyes(inputs), latent)[..., 0, 0]
 
     def value(self, inputs: HeadInputs, latent: torch.Tensor) -> torch.Tensor:
         """The ensemble's one voice, (B,)."""

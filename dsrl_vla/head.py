@@ -114,7 +114,7 @@ class SteeringHead(nn.Module):
 
     def distribution(self, inputs: HeadInputs) -> tuple[torch.Tensor, torch.Tensor]:
         """Mean and log deviation of the Gaussian before the tanh, each (B, n, d)."""
-        out = self.network([x.unsqueeze(0) for x in self.eyes(inputs)], None)[0]
+        out = self.network(self.eyes(inputs), None)[0]
         mean, log_std = out.chunk(2, -1)
         return mean + self.start, log_std.clamp(*_LOG_STD)
 

@@ -188,7 +188,9 @@ class LatentSAC:
         return info
 
     def _update_actor(self, batch: Batch, alpha: torch.Tensor) -> Info:
+        self.critic.requires_grad_(False)  # or its own gradients would be computed, for nobody
         loss, info = actor_loss(self.critic, self.head, alpha, batch, self.draws)
+        self.critic.requires_grad_(True)
         self._step("head", loss)
         # Young averages forget faster, so that the initial weights do not linger.
         weight = max(1 - self.config.actor_average, 1 / (1 + self.updates))

@@ -1,13 +1,14 @@
 """The networks of head and critic: a small transformer over observation and noise tokens, and an MLP.
 
-Both are *stacked*: every weight has a leading ensemble axis E, so that an ensemble of critics is one batched
-matrix product per layer. An actor is a stack of one. Activations are (E, B, tokens, width).
+Both are *stacked*: every weight has a leading ensemble axis E. An actor is a stack of one. The transformer's many
+small layers are batched over E, activations (E, B, tokens, width); the MLP's few large ones go member by member,
+whose activations then stay in the processor's cache.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
@@ -18,6 +19,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from .errors import bad
+from .linear import affine, pays
+
+Member = Callable[[torch.Tensor], torch.Tensor]
+"""One layer of a stack."""
 
 
 class StackedLinear(nn.Module):
@@ -30,9 +35,17 @@ class StackedLinear(nn.Module):
         self.bias = nn.Parameter(torch.zeros(members, 1, outputs))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        shape = x.shape
-        out = torch.baddbmm(self.bias, x.reshape(shape[0], -1, shape[-1]), self.weight)
-        return out.view(*shape[:-1], -1)
+        rows = x.reshape(x.shape[0], -1, x.shape[-1])
+        if pays(rows, self.weight):
+            out = torch.stack(_each(self.members(), rows.unbind(0)))
+        else:
+            out = torch.baddbmm(self.bias, rows, self.weight)
+        return out.view(*x.shape[:-1], -1)
+
+    def members(self) -> list[Member]:
+        """The layers one by one, each (N, in) -> (N, out)."""
+        pairs = zip(self.weight.unbind(0), self.bias.squeeze(1).unbind(0), strict=True)
+        return [partial(affine, weight=weight, bias=bias) for weight, bias in pairs]
 
 
 class StackedNorm(nn.Module):
@@ -47,8 +60,12 @@ class StackedNorm(nn.Module):
         self.bias = nn.Parameter(torch.zeros(members, width))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        members = zip(x.unbind(0), self.gain.unbind(0), self.bias.unbind(0), strict=True)
-        return torch.stack([F.layer_norm(part, part.shape[-1:], gain, bias) for part, gain, bias in members])
+        return torch.stack(_each(self.members(), x.unbind(0)))
+
+    def members(self) -> list[Member]:
+        """The norms one by one, each over the last axis of what it is given."""
+        pairs = zip(self.gain.unbind(0), self.bias.unbind(0), strict=True)
+        return [partial(F.layer_norm, normalized_shape=gain.shape, weight=gain, bias=bias) for gain, bias in pairs]
 
 
 Attend = Callable[[torch.Tensor], torch.Tensor]
@@ -184,10 +201,13 @@ class Transformer(nn.Module):
         self.read = StackedLinear(members, width, shape.outputs, gain=0.1)
 
     def forward(self, inputs: list[torch.Tensor], vectors: torch.Tensor | None) -> torch.Tensor:
-        """inputs: [(E, B, size)], vectors: (E, B, n, d) or None -> (E, B, queries, outputs)."""
+        """inputs: [(B, size)], vectors: (B, n, d) or None, for all members -> (E, B, queries, outputs)."""
+        members = self.kinds.shape[0]
+        inputs = [x.expand(members, *x.shape) for x in inputs]
         tokens = [torch.stack([embed(x) for embed, x in zip(self.tokens, inputs, strict=True)], 2) + self.kinds]
         flat = list(inputs)
         if self.vector is not None and self.places is not None and vectors is not None:
+            vectors = vectors.expand(members, *vectors.shape)
             tokens.append(self.vector(vectors) + self.places)
             flat.append(vectors.flatten(2))
         memory = self.norm_memory(torch.cat(tokens, 2)).relu_()
@@ -206,17 +226,24 @@ class MLP(nn.Module):
         members, (count, dim) = shape.members, shape.vectors
         sizes = [sum(shape.inputs) + count * dim] + [config.width] * (config.layers + 1)
         self.layers = nn.ModuleList(StackedLinear(members, a, b) for a, b in pairwise(sizes))
-        self.norms = nn.ModuleList(StackedNorm(members, size) if config.norm else nn.Identity() for size in sizes[1:])
+        self.norms = nn.ModuleList(StackedNorm(members, size) for size in sizes[1:]) if config.norm else None
         self.activate = torch.relu_ if config.activation == "relu" else torch.tanh
         self.read = StackedLinear(members, config.width, shape.queries * shape.outputs, gain=0.1)
-        self.shape = (shape.queries, shape.outputs)
+        self.shape = (shape.members, -1, shape.queries, shape.outputs)
 
     def forward(self, inputs: list[torch.Tensor], vectors: torch.Tensor | None) -> torch.Tensor:
-        """inputs: [(E, B, size)], vectors: (E, B, n, d) or None -> (E, B, queries, outputs)."""
-        x = torch.cat([*inputs, vectors.flatten(2)] if vectors is not None else inputs, -1)
-        for layer, norm in zip(self.layers, self.norms, strict=True):
-            x = self.activate(norm(layer(x)))
-        return self.read(x).view(*x.shape[:2], *self.shape)
+        """inputs: [(B, size)], vectors: (B, n, d) or None, for all members -> (E, B, queries, outputs)."""
+        x = torch.cat([*inputs, vectors.flatten(1)] if vectors is not None else inputs, -1)
+        parts = [x] * self.shape[0]
+        for number, layer in enumerate(self.layers):
+            parts = _each(layer.members(), parts)
+            parts = _each(self.norms[number].members(), parts) if self.norms is not None else parts
+            parts = [self.activate(part) for part in parts]
+        return torch.stack(_each(self.read.members(), parts)).view(self.shape)
+
+
+def _each(members: list[Member], parts: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    return [member(part) for member, part in zip(members, parts, strict=True)]
 
 
 def build(

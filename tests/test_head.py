@@ -51,12 +51,11 @@ def test_an_ensemble_is_its_members_run_alone(kind):
     network = NetworkConfig(kind, width=16)
     stack = build(network, members, sizes, vectors, 1, 1)
     state, feature, latent = torch.randn(5, 4), torch.randn(5, 7), torch.rand(5, 2, 3)
-    spread = lambda x: x.expand(members, *x.shape)
-    together = stack([spread(state), spread(feature)], spread(latent))
+    together = stack([state, feature], latent)
     for i in range(members):
         alone = build(network, 1, sizes, vectors, 1, 1)
         alone.load_state_dict({k: v[i : i + 1] for k, v in stack.state_dict().items()})
-        assert torch.allclose(alone([state[None], feature[None]], latent[None])[0], together[i], atol=1e-6)
+        assert torch.allclose(alone([state, feature], latent)[0], together[i], atol=1e-6)
     assert not torch.allclose(together[0], together[1])
 
 

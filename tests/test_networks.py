@@ -1,7 +1,9 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from dsrl_vla import linear
 from dsrl_vla.errors import DsrlError
+from dsrl_vla.linear import affine, pays
 from dsrl_vla.networks import NetworkConfig, StackedLinear, StackedNorm, attention, build
 
 
@@ -43,9 +45,8 @@ def test_members_of_a_stack_do_not_see_each_other(kind, count):
     config = NetworkConfig(kind, width=16, layers=2)
     stack, lone = (build(config, members, [3, 5], (count, 2), 1, 1) for members in (3, 1))
     lone.load_state_dict({k: v[1:2] for k, v in stack.state_dict().items()})
-    inputs, vectors = [torch.randn(3, 6, 3), torch.randn(3, 6, 5)], torch.randn(3, 6, count, 2)
-    alone = lone([x[1:2] for x in inputs], vectors[1:2])
-    assert torch.allclose(stack(inputs, vectors)[1:2], alone, atol=1e-5)
+    inputs, vectors = [torch.randn(6, 3), torch.randn(6, 5)], torch.randn(6, count, 2)
+    assert torch.allclose(stack(inputs, vectors)[1:2], lone(inputs, vectors), atol=1e-5)
 
 
 def test_a_norm_of_one_member_is_that_of_many():
@@ -62,9 +63,9 @@ def test_a_norm_of_one_member_is_that_of_many():
 def test_an_mlp_can_be_the_reference_s():
     """Tanh in place of ReLU, with or without LayerNorm: E = 1 is the plain torch network of the same weights."""
     torch.manual_seed(0)
-    inputs, vectors = [torch.randn(1, 6, 3)], torch.randn(1, 6, 2, 2)
+    inputs, vectors = [torch.randn(6, 3)], torch.randn(6, 2, 2)
     net = build(NetworkConfig("mlp", width=16, layers=1, activation="tanh", norm=False), 1, [3], (2, 2), 1, 1)
-    x = torch.cat([inputs[0], vectors.flatten(2)], -1)[0]
+    x = torch.cat([inputs[0], vectors.flatten(1)], -1)
     for layer in net.layers:
         x = torch.tanh(x @ layer.weight[0] + layer.bias[0])
     assert torch.allclose(net(inputs, vectors)[0, :, 0], x @ net.read.weight[0] + net.read.bias[0], atol=1e-6)
@@ -83,3 +84,36 @@ def test_an_mlp_can_be_the_reference_s():
 def test_network_fields_are_checked(changes, words):
     with pytest.raises(DsrlError, match=words):
         NetworkConfig(**changes)
+
+
+@pytest.mark.parametrize("rows", [4, 256])
+def test_a_layer_is_the_same_function_whichever_library_multiplies(rows):
+    """Outputs and gradients against torch's own, in double precision; 256 rows of 128 x 128 are for oneDNN."""
+    generator = torch.Generator().manual_seed(0)
+    draw = lambda *shape: torch.randn(*shape, generator=generator).requires_grad_()
+    x, weight, bias = draw(rows, 128), draw(128, 128), draw(128)
+    assert pays(x, weight) == (rows == 256 and linear._product is not None)
+    gradient = torch.randn(rows, 128, generator=generator)
+    found = affine(x, weight, bias)
+    precise = [each.detach().double().requires_grad_() for each in (x, weight, bias)]
+    expected = torch.addmm(precise[2], precise[0], precise[1])
+    assert torch.allclose(found.double(), expected, atol=1e-4)
+    grads = torch.autograd.grad(found, [x, weight, bias], gradient)
+    for one, other in zip(grads, torch.autograd.grad(expected, precise, gradient.double()), strict=True):
+        assert torch.allclose(one.double(), other, atol=1e-3)
+
+
+def test_other_dtypes_and_devices_are_left_to_torch():
+    assert not pays(torch.zeros(256, 128, dtype=torch.bfloat16), torch.zeros(128, 128, dtype=torch.bfloat16))
+    assert not pays(torch.zeros(256, 128, device="meta"), torch.zeros(128, 128, device="meta"))
+
+
+@pytest.mark.parametrize("kind", ["transformer", "mlp"])
+def test_large_stacks_agree_with_their_members_alone(kind):
+    """Sizes at which oneDNN multiplies."""
+    torch.manual_seed(0)
+    config = NetworkConfig(kind, width=128, layers=2)
+    stack, lone = (build(config, members, [100], (1, 28), 1, 1) for members in (2, 1))
+    lone.load_state_dict({k: v[1:] for k, v in stack.state_dict().items()})
+    inputs, vectors = [torch.randn(256, 100)], torch.randn(256, 1, 28)
+    assert torch.allclose(stack(inputs, vectors)[1:], lone(inputs, vectors), atol=1e-5)

@@ -1,0 +1,53 @@
+"""One affine layer, by the quicker of the two libraries that torch multiplies float32 matrices with on a CPU.
+
+torch's own choice is MKL, which on processors that are not Intel's does without AVX-512. oneDNN, which torch brings
+too, does not: there it halves a product's time, once that outweighs its dearer call. Same function, other rounding.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+WORTHWHILE = 2**21
+"""Multiplications in a product from which on oneDNN's dearer call pays."""
+_WIDE = torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability() == "AVX512"
+_product = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if _WIDE else None
+
+
+def affine(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    """x @ weight + bias: (N, in), (in, out), (out,) -> (N, out)."""
+    return _Affine.apply(x, weight, bias) if pays(x, weight) else torch.addmm(bias, x, weight)
+
+
+def pays(x: torch.Tensor, weight: torch.Tensor) -> bool:
+    """Whether x @ weight, (…, N, in) and (…, in, out), is for oneDNN."""
+    size = x.shape[-2] * weight.shape[-2] * weight.shape[-1]
+    return _product is not None and size >= WORTHWHILE and x.device.type == "cpu" and x.dtype == torch.float32
+
+
+class _Affine(torch.autograd.Function):
+    """The products of forward and backward by oneDNN; transposes are views, which it reads as they are."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(x, weight)
+        return _multiply(x, weight.t(), bias)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        for_x, for_weight, for_bias = ctx.needs_input_grad
+        return (
+            _multiply(gradient, weight) if for_x else None,
+            _multiply(x.t(), gradient.t()) if for_weight else None,
+            gradient.sum(0) if for_bias else None,
+        )
+
+
+def _multiply(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """x @ weight^T + bias: (N, in), (out, in) -> (N, out)."""
+    assert _product is not None
+    return _product(x, weight, bias, "none", [], "")

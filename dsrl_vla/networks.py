@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -37,7 +37,7 @@ class StackedLinear(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         rows = x.reshape(x.shape[0], -1, x.shape[-1])
         if pays(rows, self.weight):
-            out = torch.stack(_each(self.members(), rows.unbind(0)))
+            out = torch.stack(_each(self, rows.unbind(0)))
         else:
             out = torch.baddbmm(self.bias, rows, self.weight)
         return out.view(*x.shape[:-1], -1)
@@ -60,7 +60,7 @@ class StackedNorm(nn.Module):
         self.bias = nn.Parameter(torch.zeros(members, width))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return torch.stack(_each(self.members(), x.unbind(0)))
+        return torch.stack(_each(self, x.unbind(0)))
 
     def members(self) -> list[Member]:
         """The norms one by one, each over the last axis of what it is given."""
@@ -236,14 +236,15 @@ class MLP(nn.Module):
         x = torch.cat([*inputs, vectors.flatten(1)] if vectors is not None else inputs, -1)
         parts = [x] * self.shape[0]
         for number, layer in enumerate(self.layers):
-            parts = _each(layer.members(), parts)
-            parts = _each(self.norms[number].members(), parts) if self.norms is not None else parts
+            parts = _each(layer, parts)
+            parts = _each(self.norms[number], parts) if self.norms is not None else parts
             parts = [self.activate(part) for part in parts]
-        return torch.stack(_each(self.read.members(), parts)).view(self.shape)
+        return torch.stack(_each(self.read, parts)).view(self.shape)
 
 
-def _each(members: list[Member], parts: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    return [member(part) for member, part in zip(members, parts, strict=True)]
+def _each(stack: Any, parts: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Each part by its own member of a StackedLinear or StackedNorm."""
+    return [member(part) for member, part in zip(stack.members(), parts, strict=True)]
 
 
 def build(

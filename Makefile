@@ -85,6 +85,7 @@ bench: $(VENV)/ready
 # Runs that benchmarks/results/paper_gym.json holds are not repeated.
 paper: $(VENV)/ready
 	$(BIN)/python benchmarks/paper_gym.py
+	$(BIN)/python benchmarks/paper_offline.py
 	$(BIN)/python benchmarks/paper_report.py
 
 # robosuite holds numpy below 2: an environment of its own.

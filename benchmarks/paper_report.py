@@ -156,6 +156,32 @@ def verdicts(found: dict[str, Any]) -> list[str]:
     return [*lines, ""]
 
 
+def offline_section(found: dict[str, Any]) -> list[str]:
+    """Figure 5 on Gym: steps to the goal of the Gym benchmark, with recorded episodes and without."""
+    columns = "task | variant | training seeds | steps to the goal | mean | held-out return"
+    lines = ["## Gym: fifty recorded episodes before the first online step", "", f"| {columns} |", "|---" * 6 + "|"]
+    notes: list[str] = []
+    for task, entry in found.items():
+        goal = GOALS[task] * value(entry["base"])
+        for variant, runs in entry["variants"].items():
+            seeds = ", ".join(str(run["train_seed"]) for run in runs)
+            each = [steps_to(run, goal) for run in runs]
+            words = ", ".join("–" if steps is None else f"{steps:,}" for steps in each)
+            mean = "–" if None in each else f"{np.mean([x for x in each if x is not None]):,.0f}"
+            returns = told([value(run["steered"]) for run in runs])
+            lines.append(f"| {task} | {variant} | {seeds} | {words} | {mean} | {returns} |")
+        recorded = f"{entry['recorded_steps']:,} recorded steps are not counted"
+        notes += [
+            f"- {task}: the goal is {goal:.0f} in validation, {GOALS[task]} times the base's return; {recorded}."
+        ]
+    return [*lines, "", *notes, ""]
+
+
+def steps_to(run: dict[str, Any], goal: float) -> int | None:
+    """Environment steps at the first validation that reaches `goal`."""
+    return next((int(at) for at, _, found in run["curve"] if found >= goal), None)
+
+
 def command(task: str) -> str:
     """What runs the rest."""
     return f"python benchmarks/paper_gym.py --tasks {task}"
@@ -199,6 +225,8 @@ def by_kind(entry: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
 
 def main() -> int:
     lines = [INTRODUCTION, *gym_section(read("paper_gym"))]
+    if offline := read("paper_offline"):
+        lines += offline_section(offline)
     robosuite = {t: e for t, e in read("paper_robosuite").items() if {"base", "controls", "variants"} <= set(e)}
     if robosuite:
         title = "robosuite: a base cloned from a scripted operator"

@@ -33,6 +33,8 @@ HeadInputs = dict[str, torch.Tensor]
 class Normaliser(nn.Module):
     """Mean and deviation of state and feature, fitted once on warm-up data; travels with the head."""
 
+    state_std: torch.Tensor
+
     def __init__(self, sizes: Mapping[str, int]):
         super().__init__()
         self.names = tuple(sizes)
@@ -54,6 +56,13 @@ class Normaliser(nn.Module):
     def deviations(self, inputs: HeadInputs) -> dict[str, torch.Tensor]:
         """How far from what was fitted: |x - mean| / std, the shape of each input."""
         return {n: ((inputs[n] - getattr(self, f"{n}_mean")) / getattr(self, f"{n}_std")).abs() for n in self.names}
+
+    def jittered(self, inputs: HeadInputs, amount: float, source: Source) -> HeadInputs:
+        """The inputs with normal noise on the state, `amount` of what was fitted as its deviation."""
+        if "state" not in self.names:
+            return inputs
+        state = inputs["state"]
+        return inputs | {"state": state + amount * self.state_std * normal(state.shape, source, state.device)}
 
     def forward(self, inputs: HeadInputs) -> list[torch.Tensor]:
         """Normalised vectors, clipped at five deviations; the feature scaled to unit norm in expectation.

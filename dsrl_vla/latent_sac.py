@@ -8,7 +8,8 @@ bootstrap is discounted by gamma^k. Timeouts bootstrap; terminations do not. Ent
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -58,12 +59,17 @@ class SACConfig:
     """Weight of the past in the running average of the actor, per update. The average is what is validated, saved
     and served: the mode of the actor itself swings from one validation to the next. 0 turns it off."""
     max_grad_norm: float = 10.0
+    jitter: float = 0.0
+    """Noise on the states of every minibatch, in standard deviations of the state. A state alone tells which of few
+    episodes it is from, and so how that ended: with some noise a critic has to look at what was done instead."""
 
     def __post_init__(self) -> None:
         if not 0 < self.gamma < 1:
             raise bad("sac.gamma", "above 0 and below 1", self.gamma)
         if not 0 < self.tau <= 1:
             raise bad("sac.tau", "above 0 and at most 1", self.tau)
+        if self.jitter < 0:
+            raise bad("sac.jitter", "0 or more", self.jitter)
         if not 0 <= self.actor_average < 1:
             raise bad("sac.actor_average", "0 or more and below 1", self.actor_average)
         for name in ("batch", "n_step"):
@@ -173,6 +179,8 @@ class LatentSAC:
     def update(self, batch: Batch) -> Info:
         """One step each of critic, target, actor and temperature. Nothing is copied to Python."""
         alpha = self.log_alpha.detach().exp()
+        if self.config.jitter:
+            batch = self._jittered(batch)
         info = self._update_critics(batch, alpha)
         self.flat["target"].follow(self.flat["critic"], self.config.tau)
         info |= self._update_actor(batch, alpha)
@@ -180,6 +188,10 @@ class LatentSAC:
         self._step("alpha", loss)
         self.updates += 1
         return info | more
+
+    def _jittered(self, batch: Batch) -> Batch:
+        shake = partial(self.head.eyes.normalise.jittered, amount=self.config.jitter, source=self.draws)
+        return replace(batch, inputs=shake(batch.inputs), next_inputs=shake(batch.next_inputs))
 
     def _update_critics(self, batch: Batch, alpha: torch.Tensor) -> Info:
         backup = self.config.backup_entropy

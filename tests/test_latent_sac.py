@@ -122,7 +122,7 @@ def test_it_learns_which_latent_pays(kind):
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("gamma", 1.0), ("tau", 0.0), ("batch", 0), ("actor_lr", 0.0), ("alpha_init", -1.0)],
+    [("gamma", 1.0), ("tau", 0.0), ("batch", 0), ("actor_lr", 0.0), ("alpha_init", -1.0), ("jitter", -0.1)],
 )
 def test_hyper_parameters_out_of_range_are_named(field, value):
     with pytest.raises(DsrlError, match=f"sac.{field}: expected"):
@@ -153,3 +153,23 @@ def test_a_discount_per_chunk_sums_within_it_as_the_reference_does():
     assert theirs.chunk_reward(rewards, steps).tolist() == [6.0, 1.0]
     assert ours.chunk_discount(steps).tolist() == [0.125, 0.5] and theirs.chunk_discount(steps).tolist() == [0.5, 0.5]
     assert theirs.value_bounds((-1.0, 2.0), chunk=3) == (-6.0, 12.0)
+
+
+def test_jitter_moves_states_by_so_many_of_their_deviations_and_nothing_else():
+    sac, data = learner(jitter=0.2), batch(4096)
+    sac.head.eyes.normalise.state_std.copy_(torch.tensor([1.0, 5.0, 0.1]))
+    moved = sac._jittered(data)
+    for before, after in ((data.inputs, moved.inputs), (data.next_inputs, moved.next_inputs)):
+        away = (after["state"] - before["state"]).std(0)
+        assert torch.allclose(away, 0.2 * torch.tensor([1.0, 5.0, 0.1]), rtol=0.1)
+        assert after["feature"] is before["feature"]
+    assert moved.latent is data.latent and moved.reward is data.reward
+
+
+def test_a_learner_with_jitter_learns_from_the_jittered_batch():
+    seen = []
+    sac = learner(jitter=0.2)
+    sac._update_actor = lambda data, alpha: seen.append(data) or {"entropy": torch.tensor(0.0)}
+    data = batch()
+    sac.update(data)
+    assert not torch.equal(seen[0].inputs["state"], data.inputs["state"])

@@ -40,7 +40,7 @@ class Demos:
     """Standard deviation of the operator's hand, in action units."""
 
 
-TASKS = {"lift": Demos("Lift", 60)}
+TASKS = {"lift": Demos("Lift", 60), "can": Demos("Can", 150)}
 CARD = """---
 library_name: dsrl-vla
 pipeline_tag: robotics

@@ -1,6 +1,6 @@
-"""After Figures 4 and 5 of arXiv 2506.15799: steering a frozen diffusion policy on robosuite's Lift.
+"""After Figures 4 and 5 of arXiv 2506.15799: steering a frozen diffusion policy on robosuite's Lift and Can.
 
-    python benchmarks/paper_robosuite.py [--tasks lift] [--variants sac na …] [--seeds 0 1 2]
+    python benchmarks/paper_robosuite.py [--tasks lift can] [--variants sac na …] [--seeds 0 1 2]
 
 Not the paper's setting: the base is a clone of a scripted operator (`make_robosuite_bases.py`), not of Robomimic's
 people. `sac`, `na` and `na-exact` are the shipped recipe robosuite-<task> by each algorithm; `offline-to-online`
@@ -43,7 +43,7 @@ OWN = ("steered", "steered_stochastic", "difference", "train_seed", "env_steps",
 class Args:
     """What to run."""
 
-    tasks: tuple[str, ...] = ("lift",)
+    tasks: tuple[str, ...] = ("lift", "can")
     variants: tuple[str, ...] = tuple(VARIANTS)
     seeds: tuple[int, ...] = (0, 1, 2)
     out: Path = field(default=Path(__file__).parent / "results" / "paper_robosuite.json")

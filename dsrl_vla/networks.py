@@ -37,7 +37,7 @@ class StackedLinear(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         rows = x.reshape(x.shape[0], -1, x.shape[-1])
         if pays(rows, self.weight):
-            out = torch.stack(_each(self, rows.unbind(0)))
+            out = _stacked(_each(self, rows.unbind(0)))
         else:
             out = torch.baddbmm(self.bias, rows, self.weight)
         return out.view(*x.shape[:-1], -1)
@@ -60,7 +60,7 @@ class StackedNorm(nn.Module):
         self.bias = nn.Parameter(torch.zeros(members, width))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return torch.stack(_each(self, x.unbind(0)))
+        return _stacked(_each(self, x.unbind(0)))
 
     def members(self) -> list[Member]:
         """The norms one by one, each over the last axis of what it is given."""
@@ -239,7 +239,12 @@ class MLP(nn.Module):
             parts = _each(layer, parts)
             parts = _each(self.norms[number], parts) if self.norms is not None else parts
             parts = [self.activate(part) for part in parts]
-        return torch.stack(_each(self.read, parts)).view(self.shape)
+        return _stacked(_each(self.read, parts)).view(self.shape)
+
+
+def _stacked(parts: list[torch.Tensor]) -> torch.Tensor:
+    """As torch.stack, which copies a lone part too."""
+    return torch.stack(parts) if len(parts) > 1 else parts[0].unsqueeze(0)
 
 
 def _each(stack: Any, parts: Sequence[torch.Tensor]) -> list[torch.Tensor]:

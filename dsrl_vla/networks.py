@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from .errors import bad
-from .linear import affine, pays
+from .linear import affine
 
 Member = Callable[[torch.Tensor], torch.Tensor]
 """One layer of a stack."""
@@ -36,11 +36,7 @@ class StackedLinear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         rows = x.reshape(x.shape[0], -1, x.shape[-1])
-        if pays(rows, self.weight):
-            out = _stacked(_each(self, rows.unbind(0)))
-        else:
-            out = torch.baddbmm(self.bias, rows, self.weight)
-        return out.view(*x.shape[:-1], -1)
+        return torch.baddbmm(self.bias, rows, self.weight).view(*x.shape[:-1], -1)
 
     def members(self) -> list[Member]:
         """The layers one by one, each (N, in) -> (N, out)."""

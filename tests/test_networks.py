@@ -110,7 +110,7 @@ def test_other_dtypes_and_devices_are_left_to_torch():
 
 @pytest.mark.parametrize("kind", ["transformer", "mlp"])
 def test_large_stacks_agree_with_their_members_alone(kind):
-    """Sizes at which oneDNN multiplies."""
+    """Sizes at which an MLP is multiplied by oneDNN."""
     torch.manual_seed(0)
     config = NetworkConfig(kind, width=128, layers=2)
     stack, lone = (build(config, members, [100], (1, 28), 1, 1) for members in (2, 1))

@@ -22,8 +22,8 @@ def affine(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.T
 
 
 def pays(x: torch.Tensor, weight: torch.Tensor) -> bool:
-    """Whether x @ weight, (…, N, in) and (…, in, out), is for oneDNN."""
-    size = x.shape[-2] * weight.shape[-2] * weight.shape[-1]
+    """Whether x @ weight is for oneDNN."""
+    size = len(x) * weight.numel()
     return _product is not None and size >= WORTHWHILE and x.device.type == "cpu" and x.dtype == torch.float32
 
 

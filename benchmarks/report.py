@@ -58,8 +58,9 @@ def profile_table(result: dict[str, Any]) -> list[str]:
     before, after = (result["cpu_seconds_by_part"][name] for name in ("before", "after"))
     rows = [f"CPU seconds of one run, before (commit {result['before']}) and after.", ""]
     rows += ["| part | before | after |", "|---|---|---|"]
-    for part in sorted(before, key=before.get, reverse=True):
-        rows.append(f"| {part} | {before[part]:.1f} | {after.get(part, 0):.1f} |")
+    for part in sorted(before | after, key=lambda part: max(before.get(part, 0), after.get(part, 0)), reverse=True):
+        cells = (f"{side[part]:.1f}" if part in side else "in the rest" for side in (before, after))
+        rows.append(f"| {part} | {' | '.join(cells)} |")
     return [*rows, f"| all | {sum(before.values()):.1f} | {sum(after.values()):.1f} |"]
 
 

@@ -7,17 +7,21 @@ recipe changes, the runs of the old one no longer count, and are dropped when th
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from dsrl_vla import seeds as ranges
 from dsrl_vla.cli import main as command
-from dsrl_vla.evaluation import Measure, measure_base
+from dsrl_vla.evaluation import Measure, measure, measure_base, paired_difference
 from dsrl_vla.recipe import Recipe
 from dsrl_vla.rollout import Episode, VectorTask
+from dsrl_vla.sources import NoiseSource
 
 Runs = list[dict[str, Any]]
+Job = tuple[str, str, int]
+"""Task, variant and training seed."""
 _WITHOUT_EFFECT = {
     *("name", "description", "train.seed", "train.threads", "train.tracker", "train.checkpoint_every"),
     *("eval.video_episodes", "eval.baselines"),
@@ -53,6 +57,39 @@ def merged(old: Runs, new: Runs, wanted: dict[str, Any]) -> Runs:
     seeds = {run["train_seed"] for run in new}
     kept = [run for run in old if run["settings"] == wanted and run["train_seed"] not in seeds]
     return sorted([*kept, *new], key=lambda run: run["train_seed"])
+
+
+def grow(
+    out: Path,
+    jobs: Iterable[Job],
+    wanted: Callable[[str, str, int], dict[str, Any]],
+    run: Callable[[str, str, int], tuple[dict[str, Any], dict[str, Any]]],
+) -> None:
+    """Run every job that `out` does not hold with the `wanted` settings, and write `out` after each.
+
+    Args:
+        run: from a job to its run, and to what the file says of the task beside its runs.
+    """
+    for task, variant, seed in jobs:
+        settings = wanted(task, variant, seed)
+        if holds(read(out).get(task, {}).get("variants", {}).get(variant, []), seed, settings):
+            continue
+        fresh, beside = run(task, variant, seed)
+        fresh = {"settings": settings, "train_seed": seed} | fresh
+        found = read(out)  # another process may have written meanwhile
+        variants = found.get(task, {}).get("variants", {})
+        variants[variant] = merged(variants.get(variant, []), [fresh], settings)
+        out.write_text(json.dumps(found | {task: beside | {"variants": variants}}, indent=1) + "\n")
+        print(task, variant, seed, fresh["steered"], flush=True)
+
+
+def evaluated(recipe: Recipe, source: NoiseSource, known: dict[str, Measure]) -> tuple[dict[str, Any], Measure]:
+    """How a run's best noise does on the evaluation seeds, beside the base there; and its episodes."""
+    base = recipe.base.load()
+    episodes = ranges.block(ranges.EVALUATION, recipe.eval.episodes)
+    with VectorTask(recipe.task, base.spec.executed_steps) as task:
+        steered = measure(base, task, source, episodes)
+    return {"steered": steered.to_json(), "difference": paired_difference(known["base"], steered)}, steered
 
 
 def base_measures(path: Path, recipe: Recipe) -> dict[str, Measure]:

@@ -25,15 +25,14 @@ import numpy as np
 import torch
 import tyro
 from dsrl_vla import seeds as ranges
-from dsrl_vla.evaluation import Measure, measure, paired_difference
+from dsrl_vla.evaluation import measure
 from dsrl_vla.noise_env import NoiseEnv
-from dsrl_vla.policy import FrozenPolicy
 from dsrl_vla.recipe import Recipe, load_recipe
 from dsrl_vla.rollout import VectorTask
 from dsrl_vla.run_dir import Metrics
 from dsrl_vla.sources import HeadNoise, NoiseSource
 from dsrl_vla.tasks import make_task
-from kept_runs import base_measures, holds, merged, read, settings
+from kept_runs import base_measures, evaluated, grow, settings
 
 TASKS = ("hopper", "walker2d", "halfcheetah")
 RUNS = Path("runs/paper-gym")
@@ -65,7 +64,6 @@ class Args:
     variants: tuple[str, ...] = ("ours", "sb3")
     seeds: tuple[int, ...] = (0, 1, 2)
     env_steps: int = 200_000
-    report_only: bool = False
     out: Path = field(default=Path(__file__).parent / "results" / "paper_gym.json")
 
 
@@ -150,47 +148,28 @@ class Seeded(gym.Wrapper):
 RUN = {"ours": run_ours, "sb3": run_sb3}
 
 
-def run(task: str, variant: str, seed: int, args: Args) -> tuple[dict[str, Any], dict[str, Measure]]:
-    """One run and its evaluation; and the measures of base and controls."""
+def run(task: str, variant: str, seed: int, args: Args) -> tuple[dict[str, Any], dict[str, Any]]:
+    """One run and its evaluation; and what the results file holds beside runs."""
     recipe = recipe_for(task, seed, args)
     out = RUNS / f"{task}-{variant}-{seed}"
     known = base_measures(RUNS / f"{task}-base.json", recipe)
-    torch.set_num_threads(1)
     clock, resumed = time.process_time(), (out / "recipe.yaml").exists()
     found, source = RUN[variant](recipe, out)
     if not resumed:
         found["cpu_seconds"] = round(time.process_time() - clock, 1)
-    base: FrozenPolicy = recipe.base.load()
-    episodes = ranges.block(ranges.EVALUATION, recipe.eval.episodes)
-    with VectorTask(recipe.task, base.spec.executed_steps) as held_out:
-        steered = measure(base, held_out, source, episodes)
-    facts = {"settings": wanted(task, variant, args), "train_seed": seed, "steered": steered.to_json()}
-    gain = paired_difference(known["base"], steered)
-    return facts | {"difference": gain, "returns": [round(e.reward, 1) for e in steered.episodes]} | found, known
-
-
-def keep(args: Args, task: str, variant: str, fresh: dict[str, Any], known: dict[str, Measure]) -> None:
-    """Write the results file with one more run."""
-    found = read(args.out)
-    entry = found.setdefault(task, {"variants": {}})
-    entry["episodes"] = len(known["base"].episodes)
-    entry["base"] = known["base"].to_json()
-    entry["controls"] = {name: m.to_json() for name, m in known.items() if name != "base"}
-    entry["variants"][variant] = merged(entry["variants"].get(variant, []), [fresh], wanted(task, variant, args))
-    args.out.write_text(json.dumps(found, indent=1) + "\n")
+    facts, steered = evaluated(recipe, source, known)
+    shutil.rmtree(out, ignore_errors=True)
+    controls = {name: m.to_json() for name, m in known.items() if name != "base"}
+    beside = {"episodes": recipe.eval.episodes, "base": known["base"].to_json(), "controls": controls}
+    return facts | {"returns": [round(e.reward, 1) for e in steered.episodes]} | found, beside
 
 
 def main() -> int:
     args = tyro.cli(Args, description=__doc__)
+    torch.set_num_threads(1)
     RUNS.mkdir(parents=True, exist_ok=True)
-    jobs = [(t, v, s) for s in args.seeds for t in args.tasks for v in args.variants] * (not args.report_only)
-    for task, variant, seed in jobs:
-        held = read(args.out).get(task, {}).get("variants", {}).get(variant, [])
-        if not holds(held, seed, wanted(task, variant, args)):
-            fresh, known = run(task, variant, seed, args)
-            keep(args, task, variant, fresh, known)
-            print(task, variant, seed, fresh["steered"], flush=True)
-            shutil.rmtree(RUNS / f"{task}-{variant}-{seed}", ignore_errors=True)
+    jobs = ((t, v, s) for s in args.seeds for t in args.tasks for v in args.variants)
+    grow(args.out, jobs, lambda task, variant, _: wanted(task, variant, args), lambda *job: run(*job, args))
     return 0
 
 

@@ -12,7 +12,6 @@ repeated; it grows run by run.
 
 from __future__ import annotations
 
-import json
 import shutil
 import sys
 from dataclasses import dataclass, field
@@ -22,11 +21,8 @@ from typing import Any
 import numpy as np
 import torch
 import tyro
-from dsrl_vla import seeds as ranges
-from dsrl_vla.evaluation import measure, paired_difference
 from dsrl_vla.recipe import Recipe, load_recipe
-from dsrl_vla.rollout import VectorTask
-from kept_runs import base_measures, holds, merged, read, recorded, settings
+from kept_runs import base_measures, evaluated, grow, recorded, settings
 from paper_gym import run_ours
 
 RUNS, RECORDED = Path("runs/paper-offline"), 50
@@ -67,32 +63,23 @@ def run(task: str, variant: str, seed: int) -> tuple[dict[str, Any], dict[str, A
     recorded(f"gym-{task}", "held", RECORDED, data(task))
     known = base_measures(RUNS / f"{task}-base.json", recipe)
     found, source = run_ours(recipe, out)
-    base = recipe.base.load()
-    episodes = ranges.block(ranges.EVALUATION, recipe.eval.episodes)
-    with VectorTask(recipe.task, base.spec.executed_steps) as held_out:
-        steered = measure(base, held_out, source, episodes)
-    facts = {"settings": settings(recipe), "train_seed": seed, "steered": steered.to_json()}
+    facts, _ = evaluated(recipe, source, known)
     with np.load(data(task), allow_pickle=False) as kept:
         rows = len(kept["reward"])
-    beside = {"episodes": len(episodes), "recorded_steps": rows, "base": known["base"].to_json()}
-    return facts | {"difference": paired_difference(known["base"], steered)} | found, beside
+    shutil.rmtree(out, ignore_errors=True)
+    return facts | found, {
+        "episodes": recipe.eval.episodes,
+        "recorded_steps": rows,
+        "base": known["base"].to_json(),
+    }
 
 
 def main() -> int:
     args = tyro.cli(Args, description=__doc__)
     torch.set_num_threads(1)
     RUNS.mkdir(parents=True, exist_ok=True)
-    for seed, variant, task in ((s, v, t) for s in args.seeds for v in args.variants for t in args.tasks):
-        wanted = settings(recipe_for(task, variant, seed))
-        if holds(read(args.out).get(task, {}).get("variants", {}).get(variant, []), seed, wanted):
-            continue
-        fresh, beside = run(task, variant, seed)
-        found = read(args.out)
-        variants = found.get(task, {}).get("variants", {})
-        variants[variant] = merged(variants.get(variant, []), [fresh], wanted)
-        args.out.write_text(json.dumps(found | {task: beside | {"variants": variants}}, indent=1) + "\n")
-        print(task, variant, seed, fresh["steered"], flush=True)
-        shutil.rmtree(RUNS / f"{task}-{variant}-{seed}", ignore_errors=True)
+    jobs = ((t, v, s) for s in args.seeds for v in args.variants for t in args.tasks)
+    grow(args.out, jobs, lambda *job: settings(recipe_for(*job)), run)
     return 0
 
 

@@ -21,7 +21,7 @@ import torch
 import tyro
 from dsrl_vla.recipe import Recipe, load_recipe
 from dsrl_vla.training import train
-from kept_runs import base_measures, holds, merged, read, recorded, settings
+from kept_runs import base_measures, grow, recorded, settings
 from steer_metaworld import learning_curve
 
 RUNS = Path("runs/paper-robosuite")
@@ -36,7 +36,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "train": {"learning_starts": 1},
     },
 }
-OWN = ("steered", "steered_stochastic", "difference", "train_seed", "env_steps", "updates", "train_seconds")
+OWN = ("steered", "steered_stochastic", "difference", "env_steps", "updates", "train_seconds")
 
 
 @dataclass(frozen=True)
@@ -58,8 +58,8 @@ def recipe_for(task: str, variant: str, seed: int) -> Recipe:
     return load_recipe(f"robosuite-{task}", changes)
 
 
-def run(task: str, variant: str, seed: int, args: Args) -> dict[str, Any]:
-    """One run; the task's entry in the results file with it among the others."""
+def run(task: str, variant: str, seed: int) -> tuple[dict[str, Any], dict[str, Any]]:
+    """One run; and what the results file holds beside runs."""
     recipe, out = recipe_for(task, variant, seed), RUNS / f"{task}-{variant}-{seed}"
     if recipe.offline.source:
         recorded(f"robosuite-{task}", "held", RECORDED, Path(recipe.offline.source))
@@ -67,23 +67,16 @@ def run(task: str, variant: str, seed: int, args: Args) -> dict[str, Any]:
     if not (out / "eval.json").exists():
         train(recipe, out, resume=(out / "recipe.yaml").exists(), known=known)
     result = json.loads((out / "eval.json").read_text())
-    fresh = {"settings": settings(recipe)} | {key: result[key] for key in OWN} | learning_curve(out)
-    variants = read(args.out).get(task, {}).get("variants", {})
-    variants[variant] = merged(variants.get(variant, []), [fresh], settings(recipe))
-    return {key: result[key] for key in ("task", "episodes", "base", "controls")} | {"variants": variants}
+    fresh = {key: result[key] for key in OWN} | learning_curve(out)
+    return fresh, {key: result[key] for key in ("task", "episodes", "base", "controls")}
 
 
 def main() -> int:
     args = tyro.cli(Args, description=__doc__)
     torch.set_num_threads(1)
     RUNS.mkdir(parents=True, exist_ok=True)
-    for seed, variant, task in ((s, v, t) for s in args.seeds for v in args.variants for t in args.tasks):
-        held = read(args.out).get(task, {}).get("variants", {}).get(variant, [])
-        if not holds(held, seed, settings(recipe_for(task, variant, seed))):
-            entry = run(task, variant, seed, args)
-            args.out.write_text(json.dumps(read(args.out) | {task: entry}, indent=1) + "\n")
-            each = {r["train_seed"]: r["steered"]["success"] for r in entry["variants"][variant]}
-            print(task, variant, each, flush=True)
+    jobs = ((t, v, s) for s in args.seeds for v in args.variants for t in args.tasks)
+    grow(args.out, jobs, lambda *job: settings(recipe_for(*job)), run)
     return 0
 
 

@@ -1,12 +1,13 @@
 """Figure 3 of arXiv 2506.15799, its Gym part: steering a frozen diffusion policy, here and by Stable-Baselines3.
 
-    python benchmarks/paper_gym.py [--tasks hopper …] [--variants ours sb3] [--seeds 0 1 2]
+    python benchmarks/paper_gym.py [--tasks hopper …] [--variants ours sb3 sac] [--seeds 0 1 2]
 
 Both sides steer the same base on the same training budget, 200,000 environment steps, with one update per decision on
-one thread. `ours` is the shipped recipe gym-<task>. `sb3` is Stable-Baselines3's SAC, unchanged, whose environment is
-`dsrl_vla.NoiseEnv`, with the settings of the paper's own runs where SAC has them. Every 20,000 steps the deterministic
-head plays 10 validation episodes; the best by validation plays the held-out evaluation episodes, the same for both and
-for base and controls. Runs that benchmarks/results/paper_gym.json holds are not repeated; it grows run by run.
+one thread. `ours` is the shipped recipe gym-<task>; `sac` is that recipe by DSRL-SAC, where it ships with DSRL-NA.
+`sb3` is Stable-Baselines3's SAC, unchanged, whose environment is `dsrl_vla.NoiseEnv`, with the settings of the paper's
+own runs where SAC has them. Every 20,000 steps the deterministic head plays 10 validation episodes; the best by
+validation plays the held-out evaluation episodes, the same for all and for base and controls. Runs that
+benchmarks/results/paper_gym.json holds are not repeated; it grows run by run.
 """
 
 from __future__ import annotations
@@ -82,16 +83,17 @@ class PolicyNoise(NoiseSource):
 
 def wanted(task: str, variant: str, args: Args) -> dict[str, Any]:
     """What decides a run's result, apart from its seed."""
-    own = settings(recipe_for(task, 0, args))
-    if variant == "ours":
+    own = settings(recipe_for(task, variant, 0, args))
+    if variant != "sb3":
         return own
     kept = {k: own[k] for k in own if k.split(".")[0] in ("base", "task", "noise", "eval")}
     return json.loads(json.dumps(kept | {"env_steps": args.env_steps} | {f"sb3.{k}": v for k, v in SB3.items()}))
 
 
-def recipe_for(task: str, seed: int, args: Args) -> Recipe:
-    """The shipped recipe."""
-    return load_recipe(f"gym-{task}", {"train": {"seed": seed, "env_steps": args.env_steps}})
+def recipe_for(task: str, variant: str, seed: int, args: Args) -> Recipe:
+    """The shipped recipe, by DSRL-SAC where the variant says so."""
+    algorithm = {"algorithm": "sac"} if variant == "sac" else {}
+    return load_recipe(f"gym-{task}", algorithm | {"train": {"seed": seed, "env_steps": args.env_steps}})
 
 
 def run_ours(recipe: Recipe, out: Path) -> tuple[dict[str, Any], NoiseSource]:
@@ -145,12 +147,12 @@ class Seeded(gym.Wrapper):
         return self.env.reset(seed=next(self.following))
 
 
-RUN = {"ours": run_ours, "sb3": run_sb3}
+RUN = {"ours": run_ours, "sac": run_ours, "sb3": run_sb3}
 
 
 def run(task: str, variant: str, seed: int, args: Args) -> tuple[dict[str, Any], dict[str, Any]]:
     """One run and its evaluation; and what the results file holds beside runs."""
-    recipe = recipe_for(task, seed, args)
+    recipe = recipe_for(task, variant, seed, args)
     out = RUNS / f"{task}-{variant}-{seed}"
     known = base_measures(RUNS / f"{task}-base.json", recipe)
     clock, resumed = time.process_time(), (out / "recipe.yaml").exists()

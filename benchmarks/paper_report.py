@@ -20,7 +20,7 @@ from scipy.stats import trim_mean
 
 HERE = Path(__file__).parent
 PICTURE = RESULTS / "paper_gym.png"
-COLOURS = {"ours": "#0b6e99", "sb3": "#7a4fa3", "base": "#b5651d"}
+COLOURS = {"ours": "#0b6e99", "sac": "#9fc5d8", "sb3": "#7a4fa3", "base": "#b5651d"}
 GOALS = {"hopper": 1.8, "walker2d": 1.8, "halfcheetah": 1.2}
 SCALE = {"hopper": (-20.272305, 3234.3), "walker2d": (1.629008, 4592.3), "halfcheetah": (-280.178953, 12135.0)}
 """Returns that D4RL scores 0 (random) and 100 (expert)."""

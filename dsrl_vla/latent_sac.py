@@ -8,6 +8,7 @@ bootstrap is discounted by gamma^k. Timeouts bootstrap; terminations do not. Ent
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -209,9 +210,9 @@ class LatentSAC:
         self.flat["average"].follow(self.flat["head"], weight)
         return info
 
-    def save(self, folder: Path) -> None:
-        """Write the head to use."""
-        self.average.save_pretrained(folder)
+    def snapshot(self) -> Callable[[Path], None]:
+        """The head to use as it is now: what writes it to a folder, at once or later."""
+        return copy.deepcopy(self.average).eval().save_pretrained
 
     def _step(self, name: str, loss: torch.Tensor) -> None:
         self.flat[name].descend(loss, self.optimizers[name], self.config.max_grad_norm)

@@ -52,6 +52,11 @@ class NoiseSpace:
         """(horizon, dim)."""
         return self.horizon, self.dim
 
+    @property
+    def limit(self) -> float:
+        """The greatest bound that a layout may have."""
+        return 1.0 if self.prior == "uniform" else 10.0
+
     def sample(self, generators: list[torch.Generator], count: int = 1) -> torch.Tensor:
         """Draw from the prior, one generator per row: float32 (B, count, H, D) on the CPU."""
         draw = torch.randn if self.prior == "normal" else torch.rand
@@ -96,7 +101,7 @@ class NoiseLayout:
     def __post_init__(self) -> None:
         if self.columns not in ("live", "all"):
             raise bad("noise.columns", "live or all", self.columns)
-        limit = 1.0 if self.space.prior == "uniform" else 10.0
+        limit = self.space.limit
         if not 0 < self.bound <= limit:
             raise bad("noise.bound", f"above 0 and at most {limit} for a {self.space.prior} prior", self.bound)
         _weights(self.name, self.space.horizon)

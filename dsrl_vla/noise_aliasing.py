@@ -12,11 +12,12 @@ bank* in the replay. The update makes no call to the base. `ExactNoiseAliasing` 
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from .critic import CriticConfig, CriticEnsemble
 from .draws import uniform
@@ -26,6 +27,7 @@ from .latent_sac import Info, LatentSAC, SACConfig
 from .noise_bank import ACTION, BANK_ACTION, BANK_LATENT, PREFIX, BankConfig, BankKeeper, Keeper, PrefixKeeper
 from .policy import FrozenPolicy
 from .replay import Batch, Extras, Held
+from .run_dir import write_tensors
 
 ACTION_CRITIC = "action_critic.safetensors"
 Pairs = tuple[HeadInputs, torch.Tensor, torch.Tensor]
@@ -116,13 +118,18 @@ class NoiseAliasing(LatentSAC):
         """What has to be kept of a decision."""
         return BankKeeper(self.na.bank)
 
-    def save(self, folder: Path) -> None:
-        """Write the head and Q^A (``action_critic.safetensors``)."""
-        super().save(folder)
-        save_file({k: v.contiguous() for k, v in self.action_critic.state_dict().items()}, folder / ACTION_CRITIC)
+    def snapshot(self) -> Callable[[Path], None]:
+        """The head and Q^A (``action_critic.safetensors``) as they are now: what writes them to a folder."""
+        write_head, weights = super().snapshot(), copy.deepcopy(self.action_critic.state_dict())
+
+        def write(folder: Path) -> None:
+            write_head(folder)
+            write_tensors(folder / ACTION_CRITIC, weights)
+
+        return write
 
     def load_action_critic(self, folder: Path) -> ActionCritic:
-        """The Q^A that `save` wrote, beside the present one."""
+        """The Q^A that a snapshot wrote, beside the present one."""
         critic = copy.deepcopy(self.action_critic)
         critic.load_state_dict(load_file(folder / ACTION_CRITIC))
         return critic

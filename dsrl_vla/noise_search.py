@@ -23,6 +23,7 @@ from .noise import NoiseLayout, generators
 from .noise_aliasing import ActionCritic
 from .policy import FrozenPolicy
 from .rollout import Episode, VectorTask
+from .run_dir import write_json
 from .sources import ConstantNoise, NoiseSource, PriorNoise
 
 
@@ -85,8 +86,8 @@ class Ticket:
         return ConstantNoise(layout, latent)
 
     def save(self, path: Path) -> None:
-        """Write as JSON."""
-        path.write_text(json.dumps(asdict(self), indent=2) + "\n")
+        """Write as JSON, all or nothing."""
+        write_json(path, asdict(self))
 
     @classmethod
     def load(cls, path: Path) -> Ticket:
@@ -170,7 +171,7 @@ def evaluate_ticket(
         "task": " + ".join(task.config.uris),
         "base_uri": base.spec.uri,
         "layout": layout.name,
-        "episodes": episodes,
+        "episodes": len(found.episodes),
         "seeds": [seeds[0], seeds[-1]],
         "base": own.to_json(),
         "ticket": found.to_json(),

@@ -19,7 +19,8 @@ The npz format: all steps of all episodes one after the other, one array per fie
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import zipfile
+from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ from typing import Any
 import numpy as np
 
 from .entry_points import imported
-from .errors import bad, missing_extra
+from .errors import DsrlError, bad, missing_extra
 from .observation import IMAGE_PREFIX, PROMPT
 from .offline import OfflineConfig, OfflineEpisode, Relabel, demonstrations, sparse_success
 from .offline_robomimic import read_robomimic
@@ -47,12 +48,35 @@ def read_episodes(config: OfflineConfig) -> Iterator[OfflineEpisode]:
     path = Path(config.source).expanduser()
     if not path.exists():
         raise bad("offline.source", "an .npz or .hdf5 file or the folder of a dataset", f"'{config.source}'")
-    if path.suffix in (".hdf5", ".h5"):
-        episodes = read_robomimic(path)
-    else:
-        episodes = read_npz(path) if path.is_file() else read_dataset(path)
+    episodes = named_problems(config.source, reader_of(path)(path))
     relabel = load_relabel(config.relabel) if config.relabel else lambda episode: episode
     return (relabel(episode) for episode in islice(episodes, config.episodes))
+
+
+def reader_of(path: Path) -> Callable[[Path], Iterator[OfflineEpisode]]:
+    """What reads this file or folder."""
+    if path.suffix in (".hdf5", ".h5"):
+        return read_robomimic
+    return read_npz if path.is_file() else read_dataset
+
+
+def named_problems(source: str, episodes: Iterator[OfflineEpisode]) -> Iterator[OfflineEpisode]:
+    """The episodes; what a reader trips over is told as what is wrong with the source.
+
+    Raises:
+        DsrlError: it is not what its name says, damaged, or without episodes.
+    """
+    expected, count = "an .npz or .hdf5 file or the folder of a dataset, whole and with episodes", 0
+    try:
+        for episode in episodes:
+            count += 1
+            yield episode
+    except DsrlError:
+        raise
+    except (OSError, ValueError, KeyError, IndexError, EOFError, zipfile.BadZipFile) as error:
+        raise bad(f"offline.source '{source}'", expected, f"{type(error).__name__}: {error}") from error
+    if not count:
+        raise bad(f"offline.source '{source}'", expected, "no episode")
 
 
 def read_npz(path: Path) -> Iterator[OfflineEpisode]:
@@ -67,6 +91,8 @@ def split(columns: dict[str, np.ndarray], name: str) -> Iterator[OfflineEpisode]
     if "episode_index" not in columns:
         raise bad(f"offline data '{name}'", "a field 'episode_index'", ", ".join(sorted(columns)))
     index = columns.pop("episode_index")
+    if not len(index):
+        return
     edges = np.flatnonzero(np.diff(index)) + 1
     for first, last in zip([0, *edges], [*edges, len(index)], strict=True):
         episode: OfflineEpisode = {k: v[first:last] for k, v in columns.items() if np.ndim(v)}

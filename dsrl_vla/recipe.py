@@ -159,6 +159,8 @@ class Recipe:
             raise bad("eval.baselines best-of-k", "algorithm na or na-exact, which have a Q^A", "sac")
         if self.train.env_steps == 0 and not (self.offline.source and self.offline.updates):
             raise bad("train.env_steps", "1 or more, or offline.source and offline.updates", 0)
+        if self.offline.updates and not self.offline.source:
+            raise bad("offline.updates", "offline.source to go with it", f"{self.offline.updates} and no source")
 
     def to_yaml(self) -> str:
         """The resolved recipe, every field written out."""

@@ -8,6 +8,7 @@ storing it once halves the memory; an episode's last observation is stored for i
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -18,9 +19,20 @@ import torch
 
 from .errors import bad
 from .head import HeadInputs
+from .run_dir import disk_errors
 
 Extras = dict[str, torch.Tensor]
 """What a learner wants kept beside an observation, by name: rows of one shape and dtype each."""
+
+
+def reserve(path: Path, size: int) -> None:
+    """Make a file of so many bytes that the disk really has room for; a sparse one would kill the process when it
+    is written through memory and the disk is full."""
+    with path.open("wb") as file:
+        if hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(file.fileno(), 0, size)
+        else:
+            file.truncate(size)
 
 
 @dataclass(frozen=True)
@@ -86,6 +98,8 @@ class Replay:
         self.index = torch.zeros(capacity, 2, dtype=torch.int64)  # observation numbers, counted from the start
         self.observed = 0
         self.added = 0
+        self._known = (0, 0, 0)
+        """The first transition that can be drawn, and how much had been stored when that was found."""
 
     def observe(self, inputs: HeadInputs) -> np.ndarray:
         """Store a batch of observations; return their numbers, int64 (B,)."""
@@ -110,10 +124,12 @@ class Replay:
         shape = (self.rows, *like.shape[1:])
         if self.folder is None:
             return torch.zeros(shape, dtype=like.dtype)
-        self.folder.mkdir(parents=True, exist_ok=True)
-        path = self.folder / name
-        path.unlink(missing_ok=True)
-        return torch.from_file(str(path), shared=True, size=math.prod(shape), dtype=like.dtype).view(shape)
+        size, path = math.prod(shape), self.folder / name
+        with disk_errors(self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            path.unlink(missing_ok=True)
+            reserve(path, size * like.element_size())
+        return torch.from_file(str(path), shared=True, size=size, dtype=like.dtype).view(shape)
 
     def add(
         self, now: np.ndarray, latent: torch.Tensor, reward: np.ndarray, discount: np.ndarray, then: np.ndarray
@@ -140,12 +156,18 @@ class Replay:
         return self.added - self._first()
 
     def _first(self) -> int:
-        """Number of the oldest transition whose observations are all still held."""
-        first = max(0, self.added - self.capacity)
-        oldest = self.observed - self.rows
-        while first < self.added and int(self.index[first % self.capacity, 0]) < oldest:
-            first += 1
-        return first
+        """Number of the oldest transition from which on all observations are still held.
+
+        Returns over several decisions are added when they are complete, so a transition may be from before the one
+        that was added before it.
+        """
+        if self._known[:2] != (self.observed, self.added):
+            first, filled = max(0, self.added - self.capacity), min(self.added, self.capacity)
+            gone = (self.index[:filled, 0] < self.observed - self.rows).nonzero()[:, 0]
+            if len(gone):
+                first += int(((gone - first) % self.capacity).max()) + 1
+            self._known = (self.observed, self.added, first)
+        return self._known[2]
 
     def sample(self, size: int, rng: np.random.Generator) -> Batch:
         """Draw `size` transitions uniformly, with replacement.
@@ -198,4 +220,4 @@ class Replay:
         for part, store in (("inputs.", self.inputs), ("extras.", self.extras)):
             held = {k.removeprefix(part): v for k, v in tensors.items() if k.startswith(part)}
             self._write(store, held, np.arange(min(observed, self.rows)))
-        self.observed, self.added = observed, added
+        self.observed, self.added, self._known = observed, added, (-1, -1, 0)

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import itertools
 import json
 import logging
 import os
 import shutil
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -84,8 +84,16 @@ def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
     import safetensors.torch
 
     with _replacing(path) as temporary:
-        held = {k: v.detach().clone().contiguous() for k, v in tensors.items()}
-        safetensors.torch.save_file(held, temporary)
+        safetensors.torch.save_file(_apart(tensors), temporary)
+
+
+def _apart(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """What safetensors takes: tensors that share no memory. One that shares none anyway is not copied: a replay on
+    the disk may be larger than memory."""
+    where = {name: tensor.untyped_storage().data_ptr() for name, tensor in tensors.items()}
+    users = Counter(where.values())
+    shared = lambda name: users[where[name]] > 1
+    return {k: v.detach().clone() if shared(k) else v.detach().contiguous() for k, v in tensors.items()}
 
 
 class Metrics:
@@ -143,8 +151,7 @@ def save_checkpoint(folder: Path, step: int, tensors: dict[str, torch.Tensor], s
     try:
         with disk_errors(folder):
             temporary.mkdir(parents=True)
-            held = {k: v.detach().clone().contiguous() for k, v in tensors.items()}
-            safetensors.torch.save_file(held, temporary / TENSORS)
+            safetensors.torch.save_file(_apart(tensors), temporary / TENSORS)
             (temporary / STATE).write_text(json.dumps(state, indent=2) + "\n")
             write_manifest(temporary, (TENSORS, STATE))
             for name in (TENSORS, STATE, MANIFEST, "."):
@@ -162,12 +169,21 @@ def save_checkpoint(folder: Path, step: int, tensors: dict[str, torch.Tensor], s
 
 def checkpoints(folder: Path) -> list[Path]:
     """Finished checkpoints, oldest first."""
-    return sorted(path for path in folder.glob("step_*") if path.is_dir())
+    return sorted((path for path in folder.glob("step_*") if path.is_dir()), key=_age)
+
+
+def _age(path: Path) -> tuple[str, int]:
+    """Step, and which of the step's."""
+    step, _, again = path.name.partition(".")
+    return step, int(again or 0)
 
 
 def _unused(folder: Path, step: int) -> Path:
-    names = (f"step_{step:09d}{f'.{again}' if again else ''}" for again in itertools.count())
-    return next(folder / name for name in names if not (folder / name).exists())
+    """A name newer than all of the same step, those included that have been pruned since."""
+    name = f"step_{step:09d}"
+    there = [_age(path) for path in checkpoints(folder)]
+    again = 1 + max((number for step_name, number in there if step_name == name), default=-1)
+    return folder / (f"{name}.{again}" if again else name)
 
 
 def load_checkpoint(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]] | None:

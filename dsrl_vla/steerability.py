@@ -9,8 +9,8 @@ noise breaks some policies) leaves a head nothing to learn from.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 import numpy as np
 
@@ -18,7 +18,7 @@ from . import seeds as seed_ranges
 from .errors import bad
 from .evaluation import Measure, measure
 from .measures import YARDSTICKS, wilson
-from .noise import NoiseLayout, generators
+from .noise import NoiseLayout, NoiseSpace, generators
 from .policy import FrozenPolicy
 from .probing import probe
 from .rollout import Episode, VectorTask
@@ -36,6 +36,8 @@ class PreflightConfig:
     """Noise draws per episode behind the best-of-K headroom of the base and of every layout."""
     layouts: tuple[str, ...] = ("repeat", "knots:2", "knots:4", "chunk")
     bounds: tuple[float, ...] = (1.0, 1.5, 2.0)
+    columns: Literal["live", "all"] = "live"
+    """Noise columns that are steered, as in a recipe."""
 
     def __post_init__(self) -> None:
         if self.episodes < 1 or self.best_of < 1:
@@ -43,9 +45,22 @@ class PreflightConfig:
         if not self.layouts or not self.bounds:
             raise bad("preflight.layouts and preflight.bounds", "at least one of each", "none")
 
+    def within(self, space: NoiseSpace) -> PreflightConfig:
+        """Without the bounds and layouts that a noise space has no room for: bounds above the edge of a uniform
+        prior, more knots than the chunk has steps."""
+        knots = lambda name: name.removeprefix("knots:")
+        fits = lambda name: not (knots(name).isdigit() and int(knots(name)) > space.horizon)
+        bounds = tuple(b for b in self.bounds if b <= space.limit) or (space.limit,)
+        return replace(self, bounds=bounds, layouts=tuple(filter(fits, self.layouts)) or ("repeat",))
+
     def total_episodes(self, base: FrozenPolicy) -> int:
-        """Episodes of the whole preflight."""
-        return self.episodes * (len(conditions(base, self)) + (self.best_of - 1) * (1 + len(self.layouts)))
+        """Episodes of the whole preflight of one task."""
+        config = self.within(base.spec.noise)
+        return self.episodes * (len(conditions(base, config)) + (self.best_of - 1) * (1 + len(config.layouts)))
+
+    def layout(self, space: NoiseSpace, name: str, bound: float = 1.0) -> NoiseLayout:
+        """A layout as it is measured."""
+        return NoiseLayout(space, name, bound, self.columns)
 
 
 def conditions(base: FrozenPolicy, config: PreflightConfig) -> dict[str, NoiseSource]:
@@ -56,7 +71,7 @@ def conditions(base: FrozenPolicy, config: PreflightConfig) -> dict[str, NoiseSo
         found |= {f"clipped {b:g}": PriorNoise(space, clip=b) for b in config.bounds}
     middle = sorted(config.bounds)[len(config.bounds) // 2]
     for name in config.layouts:
-        found[f"layout {name}"] = LayoutNoise(NoiseLayout(space, name, middle))
+        found[f"layout {name}"] = LayoutNoise(config.layout(space, name, middle))
     return found
 
 
@@ -71,7 +86,7 @@ def preflight(
     Raises:
         NotSteerableError: the base fails the probe.
     """
-    config = config or PreflightConfig()
+    config = (config or PreflightConfig()).within(base.spec.noise)
     for info in task.infos:
         base.check_task(info)
         if info.measure != "success":
@@ -145,27 +160,29 @@ def recommend(
     """
     own, n = found["base"].mean, config.episodes
     error = np.sqrt(max(own * (1 - own), 0.25 / n) * 2 / n)
-    size = {name: NoiseLayout(base.spec.noise, name, 1.0).latent_shape[0] for name in config.layouts}
+    shapes = {name: config.layout(base.spec.noise, name).latent_shape for name in config.layouts}
     reach = {name: headroom[f"layout {name}"]["success"] for name in config.layouts}
     most = max(reach.values())
     spread = np.sqrt(max(most * (1 - most), 0.25 / n) * 2 / n)
-    layout = min((name for name in config.layouts if reach[name] >= most - spread), key=lambda name: size[name])
+    layout = min((name for name in config.layouts if reach[name] >= most - spread), key=lambda name: shapes[name][0])
     bounds = {b: found[f"clipped {b:g}"].mean for b in config.bounds if f"clipped {b:g}" in found}
     harmless = [b for b, success in bounds.items() if success >= max(bounds.values()) - error]
-    vectors, columns = NoiseLayout(base.spec.noise, layout, 1.0).latent_shape
+    vectors, columns = shapes[layout]
     bound = min(harmless, key=lambda b: abs(b - typical_bound(vectors * columns)), default=1.0)
     words = []
     zero, best = found["zero"].mean, headroom["base"]["success"]
-    saturated, hopeless = own >= 0.95, max(best, zero) <= own + 0.02
+    saturated, hopeless = own >= 0.95, max(best, zero, most) <= own + 0.02
     if saturated:
         words.append(f"The base already succeeds in {own:.0%} of episodes: steering has next to nothing to gain.")
     elif hopeless:
         words.append(
-            f"None of {config.best_of} noise draws solves more episodes than one does ({own:.0%}): steering has "
-            "nothing to gain here. The base needs more or other demonstrations."
+            f"{config.best_of} noise draws solve no more episodes than one does ({own:.0%}), in any layout: steering "
+            "has nothing to gain here. The base needs more or other demonstrations."
         )
     elif best > own:
         words.append(f"Choosing among {config.best_of} draws would give at least {best:.0%} (base {own:.0%}).")
+    elif most > own:
+        words.append(f"Choosing among {config.best_of} draws in a layout would give {most:.0%} (base {own:.0%}).")
     if zero > own + error:
         words.append(f"Constant zero noise already gives {zero:.0%}: a head has to beat that, not the base.")
     if most < own:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import functools
 import logging
 import math
 import threading
@@ -94,6 +93,7 @@ class Trainer:
             raise bad("train.stop_at", f"none for {task.info.uri}, where nothing is a success", config.stop_at)
         self.best: tuple[float, float] = (-math.inf, 0.0)
         self.best_now: SteeringHead | None = None
+        self.write_best: Callable[[Path], None] = lambda _: None
         self.unsaved: dict[str, str] = {}
         """What could not be written when it was last tried, and why."""
         self.validated: deque[float] = deque(maxlen=2)
@@ -147,7 +147,11 @@ class Trainer:
                 if not self.done:
                     self.checkpoint()
         if not self.done:
-            log.warning("interrupted; go on with: dsrl-vla train %s --out %s --resume", self.recipe.name, self.out)
+            recipe = self.out / "recipe.yaml"
+            log.warning("interrupted; go on with: dsrl-vla train %s --out %s --resume", recipe, self.out)
+        elif not self.learner.updates:
+            wanted = f"steps for more than the {config.learning_starts} decisions of train.learning_starts"
+            raise bad(f"train.env_steps {config.env_steps}", wanted, f"{collector.decisions}: nothing has been learnt")
         return self.done
 
     def _decide(self) -> None:
@@ -202,10 +206,11 @@ class Trainer:
 
     @property
     def done(self) -> bool:
-        """Whether the steps are used up, or the head has been good enough twice in a row."""
+        """Whether offline updates and steps are used up, or the head has been good enough twice in a row."""
         config = self.recipe.train
         good = config.stop_at is not None and len(self.validated) == 2 and min(self.validated) >= config.stop_at
-        return good or self.collector.env_steps >= config.env_steps
+        offline = self.learner.updates >= self.recipe.offline.updates
+        return good or (offline and self.collector.env_steps >= config.env_steps)
 
     def report(self, more: dict[str, float]) -> dict[str, float]:
         """Append a line to ``metrics.jsonl``; return it."""
@@ -238,7 +243,10 @@ class Trainer:
             self.best = (found.mean, -steps)
             self.learner.average.calibrate(self.replay.observations() or self.data.observations())
             self.best_now = copy.deepcopy(self.learner.average).eval()
-            self._try("best head", lambda: self.learner.save(self.out / "best"))
+            self.write_best = self.learner.snapshot()
+            self._try("best head", lambda: self.write_best(self.out / "best"))
+            if self.collector.live:  # what a simulator does again, a robot does not
+                self.checkpoint()
         return {f"validation_{self.measured}": found.mean, "validation_steps": steps}
 
     def best_head(self) -> SteeringHead:
@@ -269,8 +277,8 @@ class Trainer:
         Raises:
             DsrlError: it still cannot be.
         """
-        if "best head" in self.unsaved and self.best_now is not None:
-            self._try("best head", functools.partial(self.best_now.save_pretrained, self.out / "best"))
+        if "best head" in self.unsaved:
+            self._try("best head", lambda: self.write_best(self.out / "best"))
         if "checkpoint" in self.unsaved:
             self.checkpoint()
         self.metrics.flush()
@@ -282,12 +290,13 @@ class Trainer:
             )
 
     def resume(self) -> None:
-        """Go on from the newest whole checkpoint; without one, from the start."""
+        """Go on from the newest whole checkpoint, without one from the start; and, on a robot, from its journal."""
         found = load_checkpoint(self.out / "checkpoints")
-        if found is None:
-            self.metrics.truncate(-1)
-            return
-        unpack(self, *found)
-        self.metrics.truncate(self.collector.env_steps)
+        if found is not None:
+            unpack(self, *found)
+        done_since = self.collector.restore()
+        self.metrics.truncate(self.collector.env_steps if found is not None or done_since else -1)
+        if done_since:
+            self.catch_up()
         for row in self.metrics.rows():
             self.watch.see(row)

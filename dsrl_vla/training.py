@@ -87,8 +87,6 @@ def train(
         stack.callback(trainer.collector.close)
         if resume:
             trainer.resume()
-            if trainer.collector.restore():
-                trainer.catch_up()
         finished = trainer.run()
         head = trainer.best_head()
         result = None
@@ -116,7 +114,7 @@ def resolve_layout(recipe: Recipe, base: FrozenPolicy, task: VectorTask, out: Pa
         return recipe
     from .steerability import PreflightConfig, preflight
 
-    path, config = out / "preflight.json", PreflightConfig()
+    path, config = out / "preflight.json", PreflightConfig(columns=recipe.noise.columns)
     if not path.exists():
         total = config.total_episodes(base) * len(task.config.uris)
         with tqdm(total=total, unit="episode", desc="preflight", disable=None) as bar:

@@ -44,6 +44,7 @@ class Updates:
             return
         if self.learner.updates == 0:
             self.learner.fit_normaliser(self.data)
+            self.good.keep()  # or undoing the first updates would undo this too, and nothing is fitted twice
         if not self._agreed:
             self.team.agree(self.learner)
             self._agreed = True

@@ -13,7 +13,7 @@ def test_lists(capsys):
     assert "transformers:" in capsys.readouterr().out
 
 
-def test_train_resume_eval_and_preflight(fork_recipe, tmp_path, capsys):
+def test_train_resume_eval_and_preflight(fork_recipe, tmp_path, capsys, caplog):
     out = tmp_path / "run"
     assert main(["train", str(fork_recipe), "--out", str(out), "--train.seed", "3", "--sac.gamma=0.98"]) == 0
     printed = capsys.readouterr().out
@@ -23,6 +23,7 @@ def test_train_resume_eval_and_preflight(fork_recipe, tmp_path, capsys):
 
     assert main(["train", str(fork_recipe), "--out", str(out), "--resume"]) == 0
     assert json.loads((out / "eval.json").read_text())["steered"] == result["steered"]
+    assert "the recipe it was started with, which differs from this one in sac.gamma, train.seed." in caplog.text
 
     assert main(["eval", str(out), "--episodes", "10"]) == 0
     again = json.loads((out / "eval.json").read_text())

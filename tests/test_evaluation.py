@@ -9,9 +9,9 @@ from dsrl_vla.evaluation import Measure, measure_base, paired_difference
 from dsrl_vla.head import HeadConfig
 from dsrl_vla.measures import wilson
 from dsrl_vla.networks import NetworkConfig
-from dsrl_vla.noise import NoiseLayout
+from dsrl_vla.noise import NoiseLayout, NoiseSpace
 from dsrl_vla.rollout import Episode, TaskConfig, VectorTask
-from dsrl_vla.steerability import PreflightConfig, recommend, typical_bound
+from dsrl_vla.steerability import PreflightConfig, conditions, recommend, typical_bound
 
 FORK = TaskConfig("point:fork", 40, 4)
 
@@ -85,6 +85,31 @@ def test_preflight_says_when_there_is_nothing_to_gain(fork_base):
         found = preflight(Straight(fork_base.model), task, config)
     assert not found["recommendation"]["worth_steering"]
     assert "nothing to gain" in found["recommendation"]["words"]
+
+
+def test_preflight_leaves_out_what_a_noise_space_has_no_room_for(fork_base):
+    config = PreflightConfig()
+    space = NoiseSpace(3, 2, "uniform")
+    assert config.within(space).bounds == (1.0,) and "knots:4" not in config.within(space).layouts
+    assert PreflightConfig(bounds=(1.5, 2.0)).within(space).bounds == (1.0,)
+    assert config.within(fork_base.spec.noise) == config
+    with pytest.raises(DsrlError, match="knots:<n>"):
+        conditions(fork_base, PreflightConfig(layouts=("knots:x",)).within(fork_base.spec.noise))
+
+
+def test_preflight_measures_the_columns_that_will_be_steered(fork_base):
+    space = NoiseSpace(8, 4, live=(True, True, False, False))
+    for columns, width in (("live", 2), ("all", 4)):
+        assert PreflightConfig(columns=columns).layout(space, "repeat").latent_shape == (1, width)
+
+
+def test_what_a_layout_alone_solves_is_worth_steering(fork_base):
+    config = PreflightConfig(episodes=30, layouts=("repeat",), bounds=(1.0,))
+    never = dict.fromkeys(("base", "zero", "clipped 1"), measure_of([0] * 30))
+    found = recommend(fork_base, never, {"base": {"success": 0.0}, "layout repeat": {"success": 0.6}}, config)
+    assert found["worth_steering"] and "in a layout would give 60%" in found["words"]
+    found = recommend(fork_base, never, {"base": {"success": 0.0}, "layout repeat": {"success": 0.0}}, config)
+    assert not found["worth_steering"] and "in any layout" in found["words"]
 
 
 def test_preflight_asks_for_something_to_measure():

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from dsrl_vla import load_recipe
 from dsrl_vla.cli import main
 from dsrl_vla.errors import DsrlError
 from dsrl_vla.head import HeadConfig, SteeringHead
@@ -200,6 +201,36 @@ def test_the_recorder_draws_as_the_base_or_as_a_head_would(fork_recipe, tmp_path
 def test_the_base_as_it_ships_is_recorded_whatever_the_layout(fork_recipe, tmp_path):
     options = ["--episodes", "1", "--noise.layout", "auto"]
     assert main(["record", str(fork_recipe), "--out", str(tmp_path / "x.npz"), *options]) == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("data.csv", b"a,b\n1,2\n", "ValueError"),
+        ("torn.npz", b"PK\x03\x04 half", "BadZipFile"),
+        ("folder", None, "FileNotFoundError"),
+    ],
+)
+def test_a_source_that_cannot_be_read_is_named(tmp_path, name, content, words):
+    path = tmp_path / name
+    path.mkdir() if content is None else path.write_bytes(content)
+    with pytest.raises(DsrlError, match=rf"offline.source '.*{name}': expected an .npz .*, got {words}"):
+        list(read_episodes(OfflineConfig(str(path))))
+
+
+def test_a_source_without_an_episode_is_named(episodes, tmp_path):
+    path = tmp_path / "empty.npz"
+    write_npz(path, episodes[:1])
+    with np.load(path) as archive:
+        columns = {name: archive[name][:0] if archive[name].ndim else archive[name] for name in archive.files}
+    np.savez(path, **columns)
+    with pytest.raises(DsrlError, match="whole and with episodes, got no episode"):
+        list(read_episodes(OfflineConfig(str(path))))
+
+
+def test_updates_on_no_data_are_refused():
+    with pytest.raises(DsrlError, match="offline.updates: expected offline.source to go with it, got 5 and no source"):
+        load_recipe("drawer-open", {"algorithm": "na", "offline": {"updates": 5}})
 
 
 def test_the_recorder_is_told_one_source(fork_recipe, tmp_path, capsys):

@@ -1,3 +1,6 @@
+import errno
+import os
+
 import numpy as np
 import pytest
 import torch
@@ -51,6 +54,35 @@ def test_transitions_whose_observations_were_overwritten_are_dropped():
         replay.sample(1, np.random.default_rng(0))
     add(replay, last, last, value=5.0)
     assert len(replay) == 1 and replay.sample(3, np.random.default_rng(0)).reward.unique() == 5
+
+
+def test_returns_that_are_added_late_are_dropped_with_their_observation():
+    """What an n-step window of another environment adds may be from before what was added last."""
+    replay, rng = Replay(60, (1, 2)), np.random.default_rng(0)
+    late = []
+    for value in range(400):
+        number = observe(replay, [float(value % 250)])
+        if value % 4 == 0:
+            add(replay, number, number, value=float(value % 250))
+        elif value % 4 == 1:
+            late.append((value % 250, number))
+        if len(late) == 12:
+            for seen, then in late:
+                add(replay, then, then, value=float(seen))
+            late.clear()
+        if len(replay):
+            batch = replay.sample(64, rng)
+            assert torch.equal(batch.inputs["state"][:, 0], batch.reward)
+    assert len(replay) > 30
+
+
+def test_a_store_on_a_disk_that_has_no_room_is_refused_in_words(tmp_path, monkeypatch):
+    def full(descriptor, start, size):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(DsrlError, match="expected room on the disk"):
+        observe(Replay(30, (1, 2), tmp_path / "replay"), [1.0])
 
 
 def test_an_observation_is_stored_once():

@@ -8,17 +8,20 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
-from dsrl_vla import load_recipe, train
+from dsrl_vla import load_recipe, train, trainer
 from dsrl_vla.collect import Collector
 from dsrl_vla.errors import DsrlError
+from dsrl_vla.evaluation import Measure
 from dsrl_vla.faults import TooManyFaultsError
 from dsrl_vla.latent_sac import LatentSAC
-from dsrl_vla.rollout import TaskConfig, VectorTask
+from dsrl_vla.rollout import Episode, TaskConfig, VectorTask
 from dsrl_vla.run_dir import Metrics, checkpoints, load_checkpoint, save_checkpoint
 from dsrl_vla.tasks.point import Fork
 
@@ -195,9 +198,22 @@ def test_nothing_is_written_over(tmp_path):
     again = save_checkpoint(tmp_path, 1, {"x": torch.ones(1)}, {"n": 2})
     assert (first.name, again.name) == ("step_000000001", "step_000000001.1")
     assert load_checkpoint(tmp_path)[1] == {"n": 2}
+    for n in range(3, 14):  # however many of a step have been pruned, the newest is the newest
+        save_checkpoint(tmp_path, 1, {"x": torch.ones(1)}, {"n": n})
+        assert load_checkpoint(tmp_path)[1] == {"n": n} and len(checkpoints(tmp_path)) == 2
     (tmp_path / ".writing_000000009").mkdir()
     load_checkpoint(tmp_path)
     assert not (tmp_path / ".writing_000000009").exists()
+
+
+def test_what_shares_no_memory_is_not_copied_to_be_saved(tmp_path, monkeypatch):
+    written, whole, save = {}, torch.arange(6.0), safetensors.torch.save_file
+    tensors = {"replay": torch.ones(5, 2), "one": whole[:3], "other": whole[3:]}
+    monkeypatch.setattr(safetensors.torch, "save_file", lambda held, path: written.update(held) or save(held, path))
+    save_checkpoint(tmp_path, 1, tensors, {})
+    assert written["replay"].data_ptr() == tensors["replay"].data_ptr()
+    assert written["one"].data_ptr() != whole.data_ptr()
+    assert all(torch.equal(load_checkpoint(tmp_path)[0][name], value) for name, value in tensors.items())
 
 
 def test_a_checkpoint_without_its_manifest_is_not_whole(tmp_path):
@@ -289,6 +305,18 @@ def test_a_loss_that_is_not_finite_is_undone_and_counted(fork_folder, tmp_path, 
     assert caplog.text.count("a loss or weight that is not finite") >= 2 and run.evaluation["env_steps"] >= 1500
     tensors, _ = load_checkpoint(out / "checkpoints")
     assert all(torch.isfinite(t).all() for t in tensors.values() if t.is_floating_point())
+
+
+def test_undoing_the_first_updates_leaves_the_normaliser_fitted(fork_folder, tmp_path, monkeypatch):
+    original = LatentSAC.update
+
+    def update(self, batch):
+        poisoned = replace(batch, reward=batch.reward * float("nan")) if self.updates == 3 else batch
+        return original(self, poisoned)
+
+    monkeypatch.setattr(LatentSAC, "update", update)
+    head = train(recipe_of(fork_folder), tmp_path / "run", evaluate_after=False).head
+    assert head.eyes.normalise.state_mean.abs().sum() > 0
 
 
 def test_after_too_many_the_run_stops_and_the_last_good_checkpoint_is_intact(fork_folder, tmp_path, monkeypatch):
@@ -442,6 +470,32 @@ def test_a_disk_that_stays_full_is_an_error_at_the_end_and_the_last_checkpoint_i
     train(recipe, out, resume=True, evaluate_after=False)
     train(recipe, tmp_path / "straight", evaluate_after=False)
     assert equal(last(out), last(tmp_path / "straight"))
+
+
+def test_a_full_disk_costs_neither_the_best_head_nor_its_action_critic(fork_folder, tmp_path, monkeypatch):
+    recipe, out, disk = recipe_of(fork_folder, "na"), tmp_path / "run", FullDisk(monkeypatch)
+    original = Collector.step
+
+    def step(self, warm_up):
+        disk.full = 400 < self.env_steps < 1450  # over all validations but the last
+        original(self, warm_up)
+
+    monkeypatch.setattr(Collector, "step", step)
+    monkeypatch.setattr(trainer, "measure", falling())
+    train(recipe, out, evaluate_after=False)
+    assert {"head.safetensors", "action_critic.safetensors"} <= {path.name for path in (out / "best").iterdir()}
+    assert load_checkpoint(out / "checkpoints")[1]["best"][0] == 1.0
+
+
+def falling():
+    """Validations that get worse, so that the first stays the best."""
+    scores = iter([1.0, 0.5, 0.25, 0.0, 0.0])
+
+    def measured(*args, **kwargs):
+        score = next(scores)
+        return Measure(tuple(Episode(i, i < 4 * score, 10, 0.0) for i in range(4)))
+
+    return measured
 
 
 def test_lines_that_could_not_be_written_come_with_the_next(tmp_path, monkeypatch):

@@ -428,6 +428,42 @@ def test_the_journal_restores_what_no_checkpoint_knows(fork_base, tmp_path):
     assert list(again.recent) == [False, True, False]
 
 
+def test_a_better_head_outlives_a_crash_before_the_next_checkpoint(fork_folder, tmp_path, monkeypatch):
+    from dsrl_vla import load_recipe, train, trainer
+    from dsrl_vla.evaluation import Measure
+    from dsrl_vla.live_collect import EpisodeCollector
+    from dsrl_vla.rollout import Episode
+    from dsrl_vla.run_dir import Metrics, load_checkpoint
+
+    small, path, out = {"network": {"width": 16, "layers": 1}}, write_file(tmp_path), tmp_path / "run"
+    tree = {
+        "base": {"uri": f"flow-mlp:{fork_folder}"},
+        "task": {"uri": f"robot:{path}", "max_episode_steps": 12, "num_envs": 1},
+        "head": small,
+        "critic": small,
+        "train": {"env_steps": 60, "learning_starts": 3, "gradient_steps": 1.0, "validate_every": 12, "stop_at": None},
+    }
+    recipe, step = load_recipe("drawer-open", tree), EpisodeCollector.step
+    scores = iter([0.25, 1.0, 0.5, 0.5, 0.5, 0.5])
+    won = lambda score: Measure(tuple(Episode(i, i < 4 * score, 10, 0.0) for i in range(4)))
+    monkeypatch.setattr(trainer, "measure", lambda *_, **__: won(next(scores)))
+
+    def dying(self, warm_up):
+        if self.episodes == 4:
+            raise RuntimeError("killed")
+        step(self, warm_up)
+
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="killed"):
+        patch.setattr(EpisodeCollector, "step", dying)
+        train(recipe, out, evaluate_after=False)
+    best = (out / "best" / "head.safetensors").read_bytes()
+    assert load_checkpoint(out / "checkpoints")[1]["best"][0] == 1.0
+    train(recipe, out, resume=True, evaluate_after=False)
+    assert (out / "best" / "head.safetensors").read_bytes() == best
+    found = [r["validation_success"] for r in Metrics(out / "metrics.jsonl").rows() if "validation_success" in r]
+    assert found[:2] == [0.25, 1.0] and found.count(0.5) >= 2
+
+
 def test_a_journal_that_the_disk_has_changed_is_refused(fork_base, tmp_path):
     made, _ = collector(fork_base, tmp_path, [])
     with made.task:

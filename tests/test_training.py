@@ -1,12 +1,15 @@
 import errno
 import json
+import signal
 
 import imageio.v3 as iio
 import numpy as np
 import pytest
 from dsrl_vla import SteeredPolicy, SteeringHead, load_recipe, train
+from dsrl_vla.cli import main
 from dsrl_vla.collect import Collector
 from dsrl_vla.errors import DsrlError, MissingExtraError
+from dsrl_vla.latent_sac import LatentSAC
 from dsrl_vla.run_dir import Metrics, load_checkpoint, save_checkpoint
 from dsrl_vla.training import load_run
 
@@ -118,6 +121,34 @@ def test_ctrl_c_saves_and_resume_finishes(fork_folder, tmp_path, monkeypatch, ca
     assert steps == sorted(steps)
 
 
+def test_ctrl_c_while_learning_offline_is_no_finished_run(fork_recipe, fork_folder, tmp_path, monkeypatch, caplog):
+    data, original = tmp_path / "fork.npz", LatentSAC.update
+    assert main(["record", str(fork_recipe), "--out", str(data), "--episodes", "8"]) == 0
+    tree = short(fork_folder, env_steps=0) | {"algorithm": "na", "offline": {"source": str(data), "updates": 40}}
+    recipe, out = load_recipe("drawer-open", tree), tmp_path / "run"
+
+    def update(self, batch):
+        if self.updates == 24:
+            signal.raise_signal(signal.SIGINT)
+        return original(self, batch)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(LatentSAC, "update", update)
+        assert train(recipe, out).evaluation is None
+    assert f"dsrl-vla train {out}/recipe.yaml --out {out} --resume" in caplog.text
+    assert load_checkpoint(out / "checkpoints")[1]["updates"] == 25
+    assert train(recipe, out, resume=True).evaluation["updates"] == 40
+    assert isinstance(SteeringHead.from_pretrained(out / "best"), SteeringHead)
+
+
+def test_a_run_that_ends_before_it_has_learnt_is_an_error(fork_folder, tmp_path):
+    recipe = load_recipe("drawer-open", short(fork_folder, env_steps=60, learning_starts=500))
+    with pytest.raises(
+        DsrlError, match="more than the 500 decisions of train.learning_starts, got .*nothing has been"
+    ):
+        train(recipe, tmp_path / "run")
+
+
 def test_a_broken_newest_checkpoint_falls_back_to_the_one_before(finished, fork_folder, tmp_path):
     import shutil
 
@@ -181,7 +212,7 @@ def test_layout_auto_takes_preflights_word_and_a_resumed_run_its_first_one(fork_
     import dsrl_vla.steerability as steerability
 
     short_preflight = steerability.PreflightConfig(episodes=8, best_of=2, layouts=("chunk", "knots:2"), bounds=(1.0,))
-    monkeypatch.setattr(steerability, "PreflightConfig", lambda: short_preflight)
+    monkeypatch.setattr(steerability, "PreflightConfig", lambda columns: short_preflight)
     tree = short(fork_folder)
     tree["noise"] = {"layout": "auto"}
     recipe, out = load_recipe("drawer-open", tree), tmp_path / "run"

@@ -88,7 +88,8 @@ def run_preflight(argv: list[str]) -> int:
     from ..tables import print_preflight
 
     out = args.out or Path("runs") / f"{recipe.name}-preflight"
-    config = PreflightConfig(args.episodes, args.best_of, tuple(args.layouts), tuple(args.bounds))
+    measured = tuple(args.layouts), tuple(args.bounds)
+    config = PreflightConfig(args.episodes, args.best_of, *measured, columns=recipe.noise.columns)
     base = recipe.base.load()
     total = config.total_episodes(base) * len(recipe.task.uris)
     with (
@@ -205,7 +206,7 @@ def run_record(argv: list[str]) -> int:
     elif args.noise == "held":
         source = HeldNoise(recipe.noise.over(base.spec.noise))
     numbers, won = seeds.block(seeds.RECORDING, args.episodes), []
-    with tqdm(total=args.episodes, unit="episode", desc="recording", disable=None) as bar:
+    with tqdm(total=args.episodes * len(recipe.task.uris), unit="episode", desc="recording", disable=None) as bar:
 
         def tick(episode: Any) -> None:
             won.append(bool(episode["success"].max()))
@@ -215,5 +216,5 @@ def run_record(argv: list[str]) -> int:
         with disk_errors(args.out.parent):
             args.out.parent.mkdir(parents=True, exist_ok=True)
             write_npz(args.out, episodes)
-    print(f"{args.episodes} episodes, {sum(won)} successful; written: {args.out}")
+    print(f"{len(won)} episodes, {sum(won)} successful; written: {args.out}")
     return 0

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import logging
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import tyro
 
 from .options import parse, read_recipe
+
+if TYPE_CHECKING:
+    from ..recipe import Recipe
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -34,13 +41,34 @@ class PretrainArgs:
     """Folder for the base, in Hub format; use it as nano:<folder>."""
 
 
+def as_started(recipe: Recipe, out: Path) -> Recipe:
+    """The recipe a run was started with, overrides included; where that is not the one asked for, it is said."""
+    started: Recipe = read_recipe(str(out / "recipe.yaml"), [])
+    fields = differing(asdict(recipe), asdict(started))
+    if fields:
+        told = ", ".join(fields)
+        log.warning("%s goes on with the recipe it was started with, which differs from this one in %s.", out, told)
+    return started
+
+
+def differing(one: dict[str, Any], other: dict[str, Any], prefix: str = "") -> list[str]:
+    """Names of the fields, as options have them, in which two recipes differ."""
+    found = []
+    for key, value in one.items():
+        if isinstance(value, dict):
+            found += differing(value, other[key], f"{prefix}{key}.")
+        elif value != other[key] and prefix + key not in ("name", "description"):
+            found.append(prefix + key)
+    return found
+
+
 def run_train(argv: list[str]) -> int:
     """Train a steering head by a recipe, and evaluate it."""
     args, rest = parse(TrainArgs, argv, "train")
     recipe = read_recipe(args.recipe, rest)
     out = args.out or Path("runs") / recipe.name
     if args.resume and not rest and (out / "recipe.yaml").exists():
-        recipe = read_recipe(str(out / "recipe.yaml"), [])  # with the overrides the run was started with
+        recipe = as_started(recipe, out)
     if args.help_recipe:
         print(recipe.to_yaml())
         return 0

@@ -6,6 +6,7 @@ An adapter registers under the entry-point group ``dsrl_vla.adapters``; its targ
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 from .entry_points import load, names
@@ -33,4 +34,7 @@ def load_base(uri: str, **options: Any) -> FrozenPolicy:
     name, colon, source = uri.partition(":")
     if not colon:
         raise bad("base", "'<adapter>:<source>' such as 'nano:' or 'transformers:owner/name@revision'", f"'{uri}'")
-    return load(GROUP, "adapter", name)(source, uri=uri, **options)
+    try:
+        return load(GROUP, "adapter", name)(source, uri=uri, **options)
+    except json.JSONDecodeError as error:
+        raise bad(f"base '{uri}'", "JSON files that are whole", f"{error}") from error

@@ -144,6 +144,17 @@ class Guard:
         self._recent.append(bool(reason))
         if not reason:
             return
+        self._book(reason)
+
+    def recount(self, turned: Sequence[bool], reason: str) -> None:
+        """Turn decisions booked as steered into ones that fell back: those set of the newest len(turned)."""
+        for back, fell in enumerate(reversed(turned), 1):
+            if fell:
+                if back <= len(self._recent):
+                    self._recent[-back] = True
+                self._book(reason)
+
+    def _book(self, reason: str) -> None:
         self.fallbacks[reason.partition(":")[0]] += 1
         log.warning("decision %d is the base's own: %s", self.decisions, reason)
         if sum(self._recent) >= self.config.latch_after and not self.latched:
@@ -154,12 +165,6 @@ class Guard:
                 sum(self._recent),
                 len(self._recent),
             )
-
-    def recount(self, reason: str) -> None:
-        """Turn the newest decision, booked as steered, into one that fell back."""
-        self.decisions -= 1
-        self._recent.pop()
-        self.count(reason)
 
     def _ask(
         self, observations: Observations, encoding: Encoding, seeds: Sequence[int], deterministic: bool

@@ -250,8 +250,18 @@ def inspect(source: str, revision: str | None = None, **options: Any) -> dict[st
         }
         found["fingerprint"] = {name: value or "unknown" for name, value in parts.items()}
     if (folder / EVAL).is_file():
-        result = json.loads((folder / EVAL).read_text())
+        result = _evaluation(folder / EVAL)
         found["evaluation"] = {
             k: result.get(k) for k in ("task", "episodes", "seeds", "base", "steered", "difference")
         }
+    return found
+
+
+def _evaluation(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text())
+    except (ValueError, RecursionError) as error:
+        raise bad(path.name, "JSON", f"{type(error).__name__}: {error}"[:200]) from error
+    if not isinstance(found, dict):
+        raise bad(path.name, "a JSON object", type(found).__name__)
     return found

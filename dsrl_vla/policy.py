@@ -9,6 +9,7 @@ from __future__ import annotations
 import abc
 import contextlib
 import hashlib
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -164,6 +165,9 @@ class FrozenPolicy(abc.ABC):
                 raise bad(f"task {task.uri}, camera '{name}'", f"{shape}", task.cameras[name])
 
 
+NOT_FINITE = "base: its actions under the head's noise hold NaN or infinity"
+
+
 class SteeredPolicy:
     """A frozen base with a steering head that cannot make it fail; see `dsrl_vla.failsafe`.
 
@@ -217,13 +221,20 @@ class SteeredPolicy:
         """Act on a batch of observations, one seed each: float32 (B, executed_steps, A). Raises as `act` does."""
         with _base_errors(self.base):
             encoding = self.base.encode(observations)
+        actions = self.decide(observations, encoding, seeds, deterministic=deterministic)
+        return actions[:, 0, : self.base.spec.executed_steps]
+
+    def decide(
+        self, observations: Observations, encoding: Encoding, seeds: Sequence[int], *, deterministic: bool = True
+    ) -> torch.Tensor:
+        """The actions behind an encoding, float32 (B, 1, H, A), finite. Raises as `act` does."""
         noise, reasons = self.noise(observations, encoding, seeds, deterministic=deterministic)
         with _base_errors(self.base):
             actions = self.base.denoise(encoding, noise)
         if not torch.isfinite(actions).all():
             actions, reasons = self._without_head(encoding, seeds, reasons)
         self.last_fallback = next(filter(None, reasons), "")
-        return actions[:, 0, : self.base.spec.executed_steps]
+        return actions
 
     def noise(
         self, observations: Observations, encoding: Encoding, seeds: Sequence[int], *, deterministic: bool = True
@@ -241,11 +252,18 @@ class SteeredPolicy:
             actions = self.base.denoise(encoding, self.base.spec.noise.sample(generators(list(seeds))))
             if not torch.isfinite(actions).all():
                 raise ValueError("its actions hold NaN or infinity")
-        words = "base: its actions under the head's noise hold NaN or infinity"
-        for reason in reasons:
-            if not reason:
-                self.guard.recount(words)
-        return actions, [reason or words for reason in reasons]
+        self.guard.recount([not reason for reason in reasons], NOT_FINITE)
+        return actions, [reason or NOT_FINITE for reason in reasons]
+
+    @contextlib.contextmanager
+    def rehearsing(self) -> Iterator[SteeredPolicy]:
+        """Within this context observations may be made up: nothing is foreign, and nothing is counted."""
+        before = self.guard
+        self.guard = Guard(self.head, self.base.spec.noise, FailSafe(max_z=math.inf))
+        try:
+            yield self
+        finally:
+            self.guard = before
 
     @property
     def steering(self) -> bool:

@@ -119,6 +119,11 @@ class VectorTask:
         """Whether the same seed and the same actions give the same episode in every environment."""
         return all(self.envs.get_attr("repeatable"))
 
+    @property
+    def driven(self) -> bool:
+        """Whether a person drives now, so that nobody need choose a chunk."""
+        return self.info.live and all(self.envs.get_attr("human"))
+
     def restore(self, episodes: Sequence[tuple[int, Sequence[np.ndarray]]]) -> Observations:
         """Bring every environment to where an episode was: its seed, and the chunks (k, A) executed since."""
         self.reset([seed for seed, _ in episodes])
@@ -201,9 +206,11 @@ def run_episodes(
     done: dict[tuple[str, int], Episode] = {}
     total = len(seeds) * len(queues)
     while len(done) < total:
-        encoding = base.encode(observations)
-        chunks = base.denoise(encoding, source(observations, encoding, streams))[:, 0, :executed]
-        result = task.step(chunks.numpy())
+        if task.driven:
+            result = task.step(np.full((count, executed, base.spec.action_dim), np.nan, dtype=np.float32))
+        else:
+            encoding = base.encode(observations)
+            result = task.step(source.actions(base, observations, encoding, streams)[:, 0, :executed].numpy())
         observations = result.observations
         steps += result.steps
         rewards += result.rewards.sum(1)

@@ -14,7 +14,7 @@ import torch
 from .head import SteeringHead
 from .noise import NoiseLayout, NoiseSpace, restarted
 from .observation import Observations
-from .policy import Encoding, SteeredPolicy
+from .policy import Encoding, FrozenPolicy, SteeredPolicy
 
 
 class NoiseSource(abc.ABC):
@@ -24,6 +24,12 @@ class NoiseSource(abc.ABC):
     def __call__(
         self, observations: Observations, encoding: Encoding, generators: list[torch.Generator]
     ) -> torch.Tensor: ...
+
+    def actions(
+        self, base: FrozenPolicy, observations: Observations, encoding: Encoding, generators: list[torch.Generator]
+    ) -> torch.Tensor:
+        """What the base does under this noise, float32 (B, 1, H, A)."""
+        return base.denoise(encoding, self(observations, encoding, generators))
 
 
 @dataclass(frozen=True)
@@ -101,5 +107,12 @@ class SteeredNoise(NoiseSource):
     deterministic: bool = True
 
     def __call__(self, observations, encoding, generators):
-        seeds = [int(torch.randint(2**31, (1,), generator=g)) for g in generators]
-        return self.policy.noise(observations, encoding, seeds, deterministic=self.deterministic)[0]
+        return self.policy.noise(observations, encoding, _seeds(generators), deterministic=self.deterministic)[0]
+
+    def actions(self, base, observations, encoding, generators):
+        """Those of `base`, the policy's own, where the head's noise leads to none that are finite."""
+        return self.policy.decide(observations, encoding, _seeds(generators), deterministic=self.deterministic)
+
+
+def _seeds(generators: list[torch.Generator]) -> list[int]:
+    return [int(torch.randint(2**31, (1,), generator=g)) for g in generators]

@@ -17,6 +17,7 @@ from .closing import evaluate_run
 from .errors import bad
 from .evaluation import Measure
 from .head import SteeringHead
+from .head_config import CONFIG
 from .learners import build_learner
 from .plots import draw_run
 from .policy import FrozenPolicy
@@ -152,4 +153,7 @@ def load_run(out: Path | str) -> tuple[Recipe, SteeringHead]:
     out = Path(out)
     if not (out / "recipe.yaml").exists():
         raise bad(str(out), "a run's directory", "one without a recipe.yaml")
+    if not (out / "best").is_dir():
+        fix = "It is a head's folder: give it where a head is asked for." if (out / CONFIG).exists() else ""
+        raise bad(str(out), "the directory of a run that has validated a head", "one without best/", fix)
     return load_recipe(out / "recipe.yaml"), SteeringHead.from_pretrained(out / "best")

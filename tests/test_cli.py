@@ -47,6 +47,11 @@ def test_train_resume_eval_and_preflight(fork_recipe, tmp_path, capsys, caplog):
         (["train", "demo", "--base.uri", "nanno:"], "unknown adapter 'nanno'. Did you mean 'nano'"),
         (["train", "demo", "--base.uri", "nano"], "base: expected '<adapter>:<source>'"),
         (["train", "demo", "--noise.layout", "repat"], "unknown noise layout 'repat'. Did you mean 'repeat'"),
+        (["train", "demo", "--noise", "repeat", "--noise.layout", "chunk"], "a value of 'noise' or of its fields"),
+        (
+            ["train", "demo", "--eval.baselines", "[ticket"],
+            "--eval.baselines': expected a value as YAML has it",
+        ),
         (["eval", "no-such-run"], "expected a run's directory"),
         (["pretrain", "nothing", "--out", "x"], "recipe: expected a YAML file"),
     ],

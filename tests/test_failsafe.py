@@ -227,6 +227,17 @@ def test_actions_that_only_the_heads_noise_spoils_are_replaced(fork_base, observ
     assert policy.fallbacks == {"base": 1} and "under the head's noise" in policy.last_fallback
 
 
+def test_in_a_batch_the_rows_that_the_head_spoilt_are_booked_and_no_others(fork_base, observation):
+    policy = SteeredPolicy(fork_base, make_head(fork_base), failsafe=FailSafe(latch_after=4, window=8))
+    for reason in ("", "foreign: x", "", ""):
+        policy.guard.count(reason)
+    policy.guard.recount([False, False, True, False], "base: NaN")
+    assert list(policy.guard._recent) == [False, True, True, False]
+    assert policy.fallbacks == {"foreign": 1, "base": 1} and policy.guard.decisions == 4
+    policy.guard.recount([True, False, False, True], "base: NaN")
+    assert not policy.steering
+
+
 def test_noise_is_bounded_whatever_the_weights(fork_base, observation):
     """1,000 corrupted heads: no noise beyond the bound that is not the base's own."""
     generator = torch.Generator().manual_seed(0)

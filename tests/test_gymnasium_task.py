@@ -115,6 +115,8 @@ def test_death_a_cut_and_the_time_limit_are_told_apart(push, limit, ended):
     ("uri", "kind", "words"),
     [
         ("gymnasium:Hoper-v5", UnknownNameError, "Did you mean 'Hopper-v5'"),
+        ("gymnasium:Hopper-v1", UnknownNameError, "Did you mean 'Hopper-v"),
+        ("gymnasium:not a name", UnknownNameError, "unknown Gymnasium environment 'not a name'"),
         ("gymnasium:CartPole-v1", DsrlError, "action: expected a Box with one axis, got Discrete"),
     ],
 )

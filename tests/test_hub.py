@@ -254,6 +254,14 @@ def test_a_base_on_the_hub_is_linked_as_peft_does(head, tmp_path):
     assert 'load_base("transformers:lerobot/pi0@abc123")' in card.text and "without an evaluation" in card.text
 
 
+@pytest.mark.parametrize("text", ["[]", "{", "[" * 100_000])
+def test_a_strangers_evaluation_is_read_with_suspicion(head, tmp_path, text):
+    head.save_pretrained(tmp_path)
+    (tmp_path / "eval.json").write_text(text)
+    with pytest.raises(DsrlError, match="eval.json: expected"):
+        inspect(str(tmp_path))
+
+
 def test_push_inspect_and_pull_on_the_command_line(hub, head, run, tmp_path, capsys, monkeypatch):
     from huggingface_hub import constants
 

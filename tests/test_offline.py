@@ -233,6 +233,23 @@ def test_updates_on_no_data_are_refused():
         load_recipe("drawer-open", {"algorithm": "na", "offline": {"updates": 5}})
 
 
+def test_the_recorder_takes_a_runs_head_for_its_own_base_only(fork_recipe, fork_folder, tmp_path, capsys):
+    from dsrl_vla import load_base
+
+    run, other = tmp_path / "run", tmp_path / "other"
+    short = ["--train.env_steps", "400", "--eval.episodes", "4", "--eval.controls", "False"]
+    assert main(["train", str(fork_recipe), "--out", str(run), *short]) == 0
+    base = load_base(f"flow-mlp:{fork_folder}")
+    with torch.no_grad():
+        for weight in base.model.parameters():
+            weight.add_(0.01)
+    base.save_pretrained(other)
+    args = ["record", str(fork_recipe), "--run", str(run), "--out", str(tmp_path / "x.npz"), "--episodes", "2"]
+    assert main(args) == 0
+    assert main([*args, "--base.uri", f"flow-mlp:{other}"]) == 2
+    assert "weights: expected sha256" in capsys.readouterr().err
+
+
 def test_the_recorder_is_told_one_source(fork_recipe, tmp_path, capsys):
     options = ["--noise", "held", "--run", str(tmp_path)]
     assert main(["record", str(fork_recipe), "--out", str(tmp_path / "x.npz"), *options]) == 2

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import threading
 import time
 
@@ -20,7 +21,7 @@ from dsrl_vla.observation import batch
 from dsrl_vla.replay import Replay
 from dsrl_vla.rollout import TaskConfig, VectorTask
 from dsrl_vla.serving import protocol
-from dsrl_vla.serving.client import ServerFailedError, ServerUnavailableError
+from dsrl_vla.serving.client import Client, ClientConfig, ServerFailedError, ServerUnavailableError
 from dsrl_vla.serving.server import PolicyServer, ServerConfig
 from dsrl_vla.serving.service import Service
 from serving_parts import KEY, Failing, Slow, make_head, start_cli
@@ -258,6 +259,23 @@ def test_bad_observations_are_refused_here_and_there(remote_fork, observation):
         remote_fork.encode({"observation.state": np.zeros((1, 3), np.float32)})
     with pytest.raises(DsrlError, match=r"ws://.*: observation.state: expected shape \(B, 4\)"):
         remote_fork.client.request({"dsrl/op": "encode", "observation.state": np.zeros((1, 3), np.float32)})
+
+
+def test_a_client_that_finds_nobody_leaves_nothing_behind(free_port):
+    before = threading.active_count(), len(os.listdir("/proc/self/fd")) if os.path.isdir("/proc/self/fd") else 0
+    for _ in range(5):
+        with pytest.raises(ServerUnavailableError):
+            Client(ClientConfig(f"ws://127.0.0.1:{free_port}", deadline_s=0.05))
+    time.sleep(0.2)
+    assert threading.active_count() <= before[0]
+    assert not before[1] or len(os.listdir("/proc/self/fd")) <= before[1]
+
+
+@pytest.fixture
+def free_port():
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
 
 
 def test_keys(fork_base, served, connect_to, monkeypatch):

@@ -109,6 +109,9 @@ def test_guards_stand_behind_limits_and_steps():
         (arm_guards(limits={"*": [1, 1]}), True, r"low < high"),
         (arm_guards(max_step={"x.pos": 1}), True, r"guards\.max_step.*'y\.pos'"),
         (arm_guards(max_step={"*": 0}), True, "a positive number, got 0"),
+        (arm_guards(max_step={"*": "5"}), True, "a positive number, got 5"),
+        (arm_guards(limits={"*": ["-90", 90]}), True, r"\[low, high\] with low < high"),
+        (arm_guards(rest={"*": "still"}), False, "guards.rest of 'x.pos': expected a number, got still"),
         (arm_guards(), False, r"guards\.rest.*'x\.pos', which the robot does not measure"),
     ],
 )
@@ -137,6 +140,51 @@ def test_a_rig_guards_stops_and_reports_what_was_executed():
         DsrlError, match=r"teleop: expected the robot's actions \(x\.pos, y\.pos\), got a0\.vel, a1\.vel"
     ):
         Rig(Arm(), arm_guards(), teleop=Hand())
+
+
+def test_a_reading_that_is_not_a_number_is_never_sent():
+    arm = Arm()
+    rig = Rig(arm, arm_guards())
+    rig.observe()
+    rig.send(np.array([2.0, 10.0]))
+    arm.at["x.pos"] = float("nan")
+    rig.observe()
+    assert rig.send(np.array([100.0, 10.5])).tolist() == [7.0, 10.5]  # a step from the last command
+    rig.hold()
+    rig.close()
+    assert all(np.isfinite(list(command.values())).all() for command in arm.commands)
+
+
+def test_from_a_place_that_nobody_has_measured_nothing_is_sent():
+    arm = Arm()
+    arm.at["y.pos"] = float("nan")
+    rig = Rig(arm, arm_guards())
+    rig.observe()
+    with pytest.raises(DsrlError, match=r"the robot's reading of 'y\.pos': expected a finite number, got nan"):
+        rig.send(np.array([0.0, 0.0]))
+    rig.close()
+    assert arm.commands == [] and not arm.is_connected
+
+
+def test_where_connecting_fails_nothing_is_left_connected():
+    class Unplugged(Hand):
+        action_features = {"x.pos": float, "y.pos": float}
+
+        def connect(self):
+            raise ConnectionError("no such port")
+
+    arm = Arm()
+    with pytest.raises(DsrlError, match="teleop: expected one that can be connected, got ConnectionError: no such"):
+        Rig(arm, arm_guards(), teleop=Unplugged())
+    assert not arm.is_connected
+
+
+def test_the_name_itself_counts_before_a_pattern_as_in_the_readme():
+    text = (Path(__file__).parents[1] / "dsrl_vla" / "robots" / "README.md").read_text()
+    config = GuardsConfig(**yaml.safe_load(text.split("```yaml\n")[1].split("```")[0])["guards"])
+    names = ["shoulder.pos", "gripper.pos"]
+    guards = Guards(config, names, names)
+    assert guards.low.tolist() == [-90, 0] and guards.high.tolist() == [90, 100]
 
 
 def test_a_dry_run_sends_nothing():
@@ -502,6 +550,37 @@ def test_drive_rehearses_and_reports(fork_folder, tmp_path, capsys):
     assert "success, 4 steps\nno success, 8 steps\n1 of 2 episodes succeeded" in said
     assert "commands 12" in said and "late" in said
     assert main(["drive", str(path)]) == 2
+
+
+def test_a_signal_stops_the_robot_and_disconnects_it(fork_folder, tmp_path, monkeypatch):
+    import signal
+
+    from dsrl_vla.cli import main
+
+    path, send, log = write_file(tmp_path), TaskRobot.send_action, []
+
+    def sending(self, action):
+        log.append(action)
+        if len(log) == 3:
+            signal.raise_signal(signal.SIGTERM)
+        return send(self, action)
+
+    monkeypatch.setattr(TaskRobot, "send_action", sending)
+    monkeypatch.setattr(TaskRobot, "disconnect", lambda self: log.append("disconnected"))
+    assert main(["drive", str(path), "--base", f"flow-mlp:{fork_folder}", "--episodes", "2"]) == 130
+    assert log[-2:] == [{"a0.vel": 0.0, "a1.vel": 0.0}, "disconnected"] and len(log) == 5
+    assert main(["drive", str(path), "--base", f"flow-mlp:{fork_folder}", "--episodes", "0"]) == 2
+
+
+def test_while_a_person_drives_the_base_is_not_asked(fork_base, tmp_path, monkeypatch):
+    from dsrl_vla.rollout import TaskConfig, VectorTask, run_episodes
+    from dsrl_vla.sources import PriorNoise
+
+    path, asked, encode = write_file(tmp_path, [(0, 0, "take-over")]), [], type(fork_base).encode
+    monkeypatch.setattr(type(fork_base), "encode", lambda self, seen: asked.append(1) or encode(self, seen))
+    with VectorTask(TaskConfig(f"robot:{path}", 40, num_envs=1), fork_base.spec.executed_steps) as task:
+        (episode,) = run_episodes(fork_base, task, PriorNoise(fork_base.spec.noise), [0])
+    assert episode.steps == 40 and not episode.success and len(asked) <= 1
 
 
 def test_training_on_a_dry_run_is_refused(fork_base, tmp_path):

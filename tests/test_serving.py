@@ -1,18 +1,21 @@
 """The server as its clients see it: openpi's protocol, the reserved keys, the fork's envelope, and who may come in."""
 
 import logging
+import shutil
 import subprocess
 import threading
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from dsrl_vla import SteeredPolicy
+from dsrl_vla import SteeredPolicy, SteeringHead
 from dsrl_vla.adapters.flow_mlp import FlowMLP
 from dsrl_vla.errors import DsrlError
 from dsrl_vla.observation import batch
 from dsrl_vla.serving.keys import PRESETS, KeyMap, parse_keys
+from dsrl_vla.serving.requests import Infer
 from dsrl_vla.serving.server import PolicyServer, ServerConfig
 from dsrl_vla.serving.service import Handles, Service
 from dsrl_vla.serving.wire import pack, unpack
@@ -325,6 +328,50 @@ def test_it_warms_up_before_it_listens(fork_base):
     assert calls and not any(calls)
 
 
+def test_a_head_that_knows_how_far_training_went_is_not_switched_off_by_warming_up(nano):
+    """What is made up to warm up with is foreign to every trained head."""
+    head = SteeringHead.from_pretrained("shipped:drawer-open")
+    service = Service(nano, head)
+    service.warm_up((1, 2, 4, 8, 16))
+    assert head.config.furthest and service.policy.steering
+    assert service.policy.fallbacks == {} and service.policy.guard.decisions == 0 and not service.counts
+
+
+class Spoilt(FlowMLP):
+    """Its actions are NaN under noise that is the same at every step of the chunk, as a head's is in `repeat`."""
+
+    def _denoise(self, encoding, noise):
+        same = (noise == noise[:, :, :1]).all(dim=(2, 3))
+        return torch.where(same[:, :, None, None], torch.nan, super()._denoise(encoding, noise))
+
+
+def test_actions_that_only_the_heads_noise_spoils_are_the_bases_own(fork_base, served, observation):
+    base = Spoilt(fork_base.model)
+    seen = observation(base)
+    service = Service(base, make_head(base))
+    service.warm_up()
+    with Line(served(base, make_head(base)).uri) as line:
+        reply = line.ask({**seen, "dsrl/seed": 3})
+    assert torch.equal(torch.tensor(reply["actions"])[: base.spec.executed_steps], base.act(seen, seed=3))
+    assert reply["dsrl/source"] == "prior" and "NaN" in reply["dsrl/fallback"]
+    request = [parse_infer(base, seen, seed) for seed in range(10)]
+    for each in request:
+        service.infer([each])
+    assert service.policy.fallbacks == {"base": 10} and not service.policy.steering
+
+
+def parse_infer(base, seen, seed):
+    return Infer(batch([seen]), None, seed=seed)
+
+
+@pytest.mark.parametrize("own", [(), ("wrist",), ("front", "wrist"), ("side", "wrist")])
+def test_a_heads_own_cameras_do_not_change_the_bases_order(tiny_pi0, own):
+    service = Service(tiny_pi0)
+    service.policy = SimpleNamespace(head=SimpleNamespace(config=SimpleNamespace(cameras=own)))
+    assert list(service.seen.cameras)[:2] == list(tiny_pi0.spec.observation.cameras)
+    assert set(service.seen.cameras) == {*tiny_pi0.spec.observation.cameras, *own}
+
+
 def test_encodings_are_kept_for_a_connection_and_not_without_end(plain, tiny_pi0, observation):
     seen, noise = batch([observation(tiny_pi0)]), np.zeros((1, 1, 6, 8), np.float32)
     handles = [plain.ask({**seen, "dsrl/op": "encode"})["dsrl/handle"] for _ in range(6)]
@@ -334,6 +381,14 @@ def test_encodings_are_kept_for_a_connection_and_not_without_end(plain, tiny_pi0
     assert "noise: expected shape (1, K, 6, 8)" in two["dsrl/error"]["message"]
     plain.ask({"dsrl/op": "status", "dsrl/release": handles})
     assert ask(handles[-1])["dsrl/error"]["kind"] == "gone"
+
+
+def test_numbers_of_other_connections_are_not_ones_own():
+    one, other = Handles(2), Handles(2)
+    mine, theirs = one.keep("mine"), other.keep("theirs")
+    assert mine != theirs and one.get(mine) == "mine"
+    with pytest.raises(DsrlError, match="Encode again"):
+        other.get(mine)
 
 
 def test_handles_let_go_of_the_least_recently_used():
@@ -479,14 +534,20 @@ def test_the_command_serves_a_base_with_a_head_until_it_is_told_to_stop(fork_bas
 def test_a_run_is_served_with_its_base_and_its_best_head(fork_base, fork_recipe, tmp_path):
     from dsrl_vla import load_recipe
     from dsrl_vla.cli.serving import ServeArgs, load
+    from dsrl_vla.training import load_run
 
     (tmp_path / "recipe.yaml").write_text(load_recipe(fork_recipe).to_yaml())
     make_head(fork_base).save_pretrained(tmp_path / "best")
     base, head = load(ServeArgs(str(tmp_path)))
     assert base.sha256() == fork_base.sha256() and head.layout.bound == 1.0
-    make_head(fork_base, bound=0.5).save_pretrained(tmp_path / "other")
+    make_head(base, bound=0.5).save_pretrained(tmp_path / "other")
     assert load(ServeArgs(str(tmp_path), head=str(tmp_path / "other")))[1].layout.bound == 0.5
     assert load(ServeArgs(base.spec.uri))[1] is None
+    shutil.copy(tmp_path / "recipe.yaml", tmp_path / "other")  # as a head's folder has it
+    served = load(ServeArgs(str(tmp_path / "other")))
+    assert served[0].sha256() == base.sha256() and served[1].layout.bound == 0.5
+    with pytest.raises(DsrlError, match="validated a head, got one without best/. It is a head's folder"):
+        load_run(tmp_path / "other")
 
 
 @pytest.mark.parametrize(

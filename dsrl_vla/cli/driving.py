@@ -29,11 +29,14 @@ def run_drive(argv: list[str]) -> int:
     from .. import seeds
     from ..bases import load_base
     from ..errors import bad
+    from ..interrupts import stop_requests
     from ..policy import SteeredPolicy
     from ..rollout import TaskConfig, VectorTask, run_episodes
     from ..sources import NoiseSource, PriorNoise, SteeredNoise
     from ..training import load_run
 
+    if args.episodes < 1:
+        raise bad("drive --episodes", "1 or more", args.episodes)
     if bool(args.run) == bool(args.base):
         raise bad("drive", "either --run or --base", "both" if args.base else "neither")
     if args.run:
@@ -44,7 +47,8 @@ def run_drive(argv: list[str]) -> int:
         base, policy = load_base(args.base), None
     source: NoiseSource = SteeredNoise(policy) if policy else PriorNoise(base.spec.noise)
     config = TaskConfig(f"robot:{args.robot}", args.max_episode_steps, num_envs=1)
-    with VectorTask(config, base.spec.executed_steps) as task:
+    # SIGTERM, as Ctrl-C does, leaves the block below, which stops the robot.
+    with stop_requests(at_once=True), VectorTask(config, base.spec.executed_steps) as task:
         base.check_task(task.info)
         show = lambda e: print(f"{'success' if e.success else 'no success'}, {e.steps} steps", flush=True)
         done = run_episodes(base, task, source, seeds.block(args.seed, args.episodes), on_episode=show)

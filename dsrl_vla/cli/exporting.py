@@ -37,6 +37,7 @@ def run_export(argv: list[str]) -> int:
     from ..errors import bad
     from ..journal import FOLDER, Journal
     from ..lerobot_export import journalled, write_lerobot_dataset
+    from ..pairing import check_pair
     from ..recording import record
     from ..sources import HeadNoise
     from ..training import load_run
@@ -47,8 +48,9 @@ def run_export(argv: list[str]) -> int:
         raise bad(f"{args.run}", "a run on a robot, with a journal", "none", "Export its rollouts.")
     if args.source == "rollouts" or (args.source == "auto" and not total):
         recipe, head = load_run(args.run)
-        numbers = seeds.block(seeds.RECORDING, args.episodes)
-        episodes, total = record(recipe.base.load(), recipe.task, HeadNoise(head), numbers), args.episodes
+        base, numbers = recipe.base.load(), seeds.block(seeds.RECORDING, args.episodes)
+        check_pair(head.config, base)
+        episodes, total = record(base, recipe.task, HeadNoise(head), numbers), args.episodes * len(recipe.task.uris)
     else:
         episodes, fps = journalled(journal), round(journal.read(journal.numbers()[0]).fps)
     with tqdm(episodes, total=total, unit="episode", desc="export", disable=None) as bar:
@@ -75,6 +77,7 @@ def run_export_policy(argv: list[str]) -> int:
     from ..bases import load_base
     from ..errors import DsrlError
     from ..head import SteeringHead
+    from ..head_config import CONFIG
     from ..recipe import BaseConfig
     from ..training import load_run
 
@@ -85,7 +88,7 @@ def run_export_policy(argv: list[str]) -> int:
             f"export-policy needs the package 'lerobot_policy_dsrl' and LeRobot, and could not import them ({error}). "
             "Install them with: pip install lerobot_policy_dsrl"
         ) from error
-    if (args.source / "recipe.yaml").exists():
+    if (args.source / "recipe.yaml").exists() and not (args.source / CONFIG).exists():
         recipe, head = load_run(args.source)
         config = recipe.base
     else:

@@ -190,6 +190,7 @@ def run_record(argv: list[str]) -> int:
 
     from .. import seeds
     from ..offline_sources import write_npz
+    from ..pairing import check_pair
     from ..recording import record
     from ..run_dir import disk_errors
     from ..sources import HeadNoise, HeldNoise, LayoutNoise, NoiseSource, PriorNoise
@@ -200,7 +201,9 @@ def run_record(argv: list[str]) -> int:
     base = recipe.base.load()
     source: NoiseSource = PriorNoise(base.spec.noise)
     if args.run:
-        source = HeadNoise(load_run(args.run)[1])
+        head = load_run(args.run)[1]
+        check_pair(head.config, base)
+        source = HeadNoise(head)
     elif args.noise == "layout":
         source = LayoutNoise(recipe.noise.over(base.spec.noise))
     elif args.noise == "held":

@@ -31,7 +31,13 @@ def read_recipe(source: str, rest: list[str]) -> Any:
         place, parts = tree, name.replace("-", "_").split(".")
         for part in parts[:-1]:
             place = place.setdefault(part, {})
-        parsed = yaml.safe_load(value) if value else ""
+            if not isinstance(place, dict):
+                raise DsrlError(f"option '{option}': expected a value of '{part}' or of its fields, got both.")
+        try:
+            parsed = yaml.safe_load(value) if value else ""
+        except yaml.YAMLError as error:
+            words = " ".join(str(error).split())
+            raise DsrlError(f"option '{option}': expected a value as YAML has it, got '{value}' ({words}).") from error
         place[parts[-1]] = value if isinstance(parsed, dict) else parsed  # "nano:" is a URI, not a mapping
     recipe: Recipe = load_recipe(source, tree)
     return recipe

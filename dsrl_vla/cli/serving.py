@@ -6,7 +6,7 @@ import logging
 import os
 import signal
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,8 @@ class ServeArgs:
     or ours."""
 
     target: tyro.conf.Positional[str]
-    """A base's URI (nano:, openpi:pi05_libero, transformers:owner/name), or a run's directory: its base and head."""
+    """A base's URI (nano:, openpi:pi05_libero, transformers:owner/name), or a run's directory or a head's folder: its
+    base and head."""
     head: str | None = None
     """A head: a folder or a Hub repository."""
     host: str = "127.0.0.1"
@@ -94,7 +95,12 @@ def load(args: ServeArgs) -> tuple[Any, Any]:
     """The base and the head, if there is one."""
     from ..bases import load_base
     from ..head import SteeringHead
+    from ..head_config import CONFIG
 
+    folder = Path(args.target)
+    if (folder / CONFIG).exists():
+        head = SteeringHead.from_pretrained(args.head or folder)
+        args = replace(args, target=head.config.base_uri, head=args.head or args.target)
     options = {name: value for name, value in (("dtype", args.dtype), ("device", args.device)) if value}
     if not (Path(args.target) / "recipe.yaml").exists():
         if ":" not in args.target:

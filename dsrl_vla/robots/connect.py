@@ -70,8 +70,10 @@ def _release(path: Path) -> None:
     connection.users -= 1
     if connection.users <= 0:
         del _open[path]
-        connection.operator.close()
-        connection.rig.close()
+        try:
+            connection.operator.close()
+        finally:
+            connection.rig.close()
 
 
 def _connect(config: RobotFile) -> _Connection:

@@ -17,7 +17,8 @@ from ..errors import bad
 
 @dataclass(frozen=True)
 class GuardsConfig:
-    """By name of an action feature, or a pattern such as ``"*.pos"``; the first that fits counts. Robot's units."""
+    """By name of an action feature, or a pattern such as ``"*.pos"``; the name itself counts before a pattern, of
+    patterns the first that fits. Robot's units."""
 
     limits: dict = field(default_factory=dict)
     """name -> [low, high]. Every action needs one."""
@@ -29,7 +30,12 @@ class GuardsConfig:
 
 
 def _find(table: Mapping[str, Any], name: str) -> Any:
-    return next((value for pattern, value in table.items() if fnmatchcase(name, pattern)), None)
+    patterns = (value for pattern, value in table.items() if fnmatchcase(name, pattern))
+    return table[name] if name in table else next(patterns, None)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and bool(np.isfinite(value))
 
 
 class Guards:
@@ -49,21 +55,24 @@ class Guards:
         self.low, self.high, self.most, self.rest = np.zeros((4, len(names)))
         for i, name in enumerate(names):
             pair = _find(config.limits, name)
-            if not isinstance(pair, list | tuple) or len(pair) != 2 or not pair[0] < pair[1]:
+            numbers = isinstance(pair, list | tuple) and len(pair) == 2 and all(map(_is_number, pair))
+            if not numbers or not pair[0] < pair[1]:
                 raise bad("guards.limits", f"[low, high] with low < high for the action '{name}'", pair)
             most, rest = _find(config.max_step, name), _find(config.rest, name)
             if self.measured[i] and most is None:
                 raise bad("guards.max_step", f"the greatest step of the action '{name}'", "none")
-            if most is not None and not most > 0:
+            if most is not None and not (_is_number(most) and most > 0):
                 raise bad(f"guards.max_step of '{name}'", "a positive number", most)
             if not self.measured[i] and rest is None:
                 raise bad("guards.rest", f"what stands still for '{name}', which the robot does not measure", "none")
+            if rest is not None and not _is_number(rest):
+                raise bad(f"guards.rest of '{name}'", "a number", rest)
             self.low[i], self.high[i] = pair
             self.most[i] = np.inf if most is None else most
             self.rest[i] = 0.0 if rest is None else rest
 
     def still(self, present: np.ndarray) -> np.ndarray:
-        """The action (A,) that stands still; `present` (A,) is what is measured, NaN where nothing is."""
+        """The action (A,) that stands still; `present` (A,) is where the robot is, as far as it measures that."""
         return np.where(self.measured, present, self.rest)
 
     def __call__(self, action: np.ndarray, before: np.ndarray) -> np.ndarray:

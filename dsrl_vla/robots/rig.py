@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Mapping
 from typing import Any
@@ -54,11 +55,22 @@ class Rig:
             theirs = ", ".join(_numbers(teleop.action_features))
             raise bad("teleop", f"the robot's actions ({', '.join(self.actions)})", theirs)
         self.clipped = self.sent = 0
-        self._last = self.guards.rest.copy()
+        self._last = np.where(self.guards.measured, np.nan, self.guards.rest)
         self.seen: dict[str, Any] = {}
-        for part in (robot, teleop):
-            if part is not None and not part.is_connected:
+        self._connect()
+
+    def _connect(self) -> None:
+        """Connect what is not connected yet; where that fails, nothing is left connected."""
+        for kind, part in (("robot", self.robot), ("teleop", self.teleop)):
+            if part is None or part.is_connected:
+                continue
+            try:
                 part.connect()
+            except Exception as error:
+                for other in filter(None, (self.robot, self.teleop)):
+                    with contextlib.suppress(Exception):
+                        other.disconnect()
+                raise bad(kind, "one that can be connected", f"{type(error).__name__}: {error}") from error
 
     def observe(self) -> dict[str, np.ndarray]:
         """Read the robot: ``observation.state`` float32 (S,) and its cameras, uint8 (H, W, 3)."""
@@ -67,17 +79,19 @@ class Rig:
         return found | {STATE: np.array([self.seen[name] for name in self.state], dtype=np.float32)}
 
     def present(self) -> np.ndarray:
-        """What the robot measures of each action feature (A,), as last observed; NaN where it measures nothing."""
-        return np.array([self.seen.get(name, np.nan) for name in self.actions], dtype=np.float64)
+        """Where the robot is, by action feature (A,): as last observed, or else as last told; NaN: nobody knows."""
+        found = np.array([self.seen.get(name, np.nan) for name in self.actions], dtype=np.float64)
+        return np.where(self.guards.measured & np.isfinite(found), found, self._last)
 
     def send(self, action: np.ndarray) -> np.ndarray:
         """Send an action (A,) behind the guards; return what was really executed, float32 (A,).
 
         Raises:
-            DsrlError: a number that is not finite; the robot has been stopped.
+            DsrlError: a number that is not finite, of the action or of where the robot is; it has been stopped.
         """
-        before = np.where(self.guards.measured, self.present(), self._last)
+        before = self.present()
         try:
+            self._check_known(before)
             safe = self.guards(np.asarray(action, dtype=np.float64), before)
         except Exception:
             self.hold()
@@ -90,7 +104,15 @@ class Rig:
         """Stand still: go where it is, and no further."""
         if not self.seen:
             self.observe()
-        self._send(self.guards.still(self.present()))
+        target = self.guards.still(self.present())
+        self._check_known(target)
+        self._send(target)
+
+    def _check_known(self, place: np.ndarray) -> None:
+        """Refuse to command from a place that nobody has ever measured."""
+        for name, value in zip(self.actions, place, strict=True):
+            if not np.isfinite(value):
+                raise bad(f"the robot's reading of '{name}'", "a finite number", value, "Nothing was sent.")
 
     def _send(self, action: np.ndarray) -> np.ndarray:
         command = {name: float(value) for name, value in zip(self.actions, action, strict=True)}

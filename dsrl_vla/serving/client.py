@@ -86,12 +86,16 @@ class Client:
         self._lock = threading.Lock()
         self._connection: ClientConnection | None = None
         self._loop = asyncio.new_event_loop()
-        threading.Thread(target=self._loop.run_forever, name="policy-client", daemon=True).start()
+        threading.Thread(target=_run, args=(self._loop,), name="policy-client", daemon=True).start()
         self.metadata: dict[str, Any] = {}
         """What the server opened with."""
         self.connections = 0
         """How often a connection was opened; handles do not outlive theirs."""
-        self.connect()
+        try:
+            self.connect()
+        except BaseException:
+            self.close()
+            raise
 
     def connect(self) -> None:
         """Open the connection now, if it is not; raises as the constructor does."""
@@ -230,6 +234,12 @@ class Client:
         kind, words = (error.get("kind"), error.get("message")) if isinstance(error, dict) else ("", error)
         raised = {"gone": HandleGoneError, "invalid": DsrlError}.get(str(kind), ServerFailedError)
         raise raised(f"{self.config.uri}: {words}"[:500])
+
+
+def _run(loop: asyncio.AbstractEventLoop) -> None:
+    """Until it is stopped; then what it holds of the system is given back."""
+    loop.run_forever()
+    loop.close()
 
 
 def steering(metadata: dict[str, Any], uri: str) -> dict[str, Any]:

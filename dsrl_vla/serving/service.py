@@ -5,9 +5,11 @@ Runs in one thread. Owns the base; each connection owns its `Handles`.
 
 from __future__ import annotations
 
+import contextlib
+import secrets
 from collections import Counter, OrderedDict
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -17,7 +19,7 @@ from ..errors import DsrlError, bad
 from ..head import SteeringHead
 from ..noise import generators
 from ..observation import IMAGE_PREFIX, PROMPT, STATE, Observations, ObservationSpec
-from ..policy import Encoding, FrozenPolicy, SteeredPolicy
+from ..policy import NOT_FINITE, Encoding, FrozenPolicy, SteeredPolicy
 from . import protocol as p
 from .requests import Denoise, Encode, Feature, Infer, Request, Sha256, Status
 
@@ -34,7 +36,8 @@ class Handles:
     def __init__(self, limit: int):
         self.limit = limit
         self._kept: OrderedDict[int, Encoding] = OrderedDict()
-        self._next = 0
+        self._next = secrets.randbits(48)
+        """A number of another connection, or of another server, is not taken for one of these."""
 
     def keep(self, encoding: Encoding) -> int:
         """Keep one, and let go of the least recently used beyond the limit."""
@@ -67,6 +70,8 @@ class _Noise:
     values: torch.Tensor
     source: str
     fallback: str = ""
+    asked: list[str] = field(default_factory=list)
+    """What the guard said of each sample that the head was asked for."""
 
 
 class Service:
@@ -89,10 +94,10 @@ class Service:
 
     @property
     def seen(self) -> ObservationSpec:
-        """What an observation to act on must hold: what the base sees, and the head's own cameras."""
-        own = dict.fromkeys(self.policy.head.config.cameras) if self.policy else {}
+        """What an observation to act on must hold: what the base sees, in its order, and the head's own cameras."""
+        own = self.policy.head.config.cameras if self.policy else ()
         spec = self.base.spec.observation
-        return replace(spec, cameras={**own, **spec.cameras})
+        return replace(spec, cameras={**spec.cameras, **{k: None for k in own if k not in spec.cameras}})
 
     def metadata(self) -> dict[str, Any]:
         """What the server opens with."""
@@ -104,9 +109,10 @@ class Service:
     def warm_up(self, sizes: Sequence[int] = (1,)) -> None:
         """Run every path at these batch sizes, so that no client waits for compilation."""
         request = Infer(_dummy(self.seen, 1), None, seed=0, wants=frozenset({"feature", "noise"}))
-        for size in sizes:
-            self.infer([request] * size)
-        self.infer([replace(request, steer=False)])
+        with self.policy.rehearsing() if self.policy else contextlib.nullcontext():
+            for size in sizes:
+                self.infer([request] * size)
+            self.infer([replace(request, steer=False)])
         self.counts.clear()
 
     def run(self, request: Request, handles: Handles) -> Reply:
@@ -133,21 +139,40 @@ class Service:
         observations = _join([request.observations for request in requests])
         encoding = self._encode(observations)
         noises = [self._noise(request, _row(encoding, i)) for i, request in enumerate(requests)]
-        actions = self._denoise(encoding, torch.cat([noise.values for noise in noises]))
+        actions = self._actions(requests, noises, encoding)
         return [self._reply(*each, encoding, i) for i, each in enumerate(zip(requests, noises, actions, strict=True))]
+
+    def _actions(self, requests: Sequence[Infer], noises: list[_Noise], encoding: Encoding) -> torch.Tensor:
+        """The actions (B, K, H, A) under these noises; where a head's leads to none that are finite, the base's own,
+        as which it is then booked."""
+        actions = self.base.denoise(encoding, torch.cat([noise.values for noise in noises]))
+        self.counts["sampler_runs"] += 1
+        broken = ~torch.isfinite(actions).flatten(1).all(1)
+        steered = torch.tensor([bool(noise.asked) for noise in noises])
+        if self.policy and (broken & steered).any():
+            turned = [bool(broken[i]) and not why for i, noise in enumerate(noises) for why in noise.asked]
+            self.policy.guard.recount(turned, NOT_FINITE)
+            for i in (broken & steered).nonzero()[:, 0].tolist():
+                noises[i] = _Noise(self._prior(requests[i]), "prior", NOT_FINITE)
+            return self._denoise(encoding, torch.cat([noise.values for noise in noises]))
+        return _checked(actions)
+
+    def _prior(self, request: Infer) -> torch.Tensor:
+        return self.base.spec.noise.sample(generators([request.seed]), request.samples)
 
     def _noise(self, request: Infer, encoding: Encoding) -> _Noise:
         if request.noise is not None:
             return _Noise(request.noise, "request")
         if self.policy is None or not request.steer or not self.policy.enabled:
-            return _Noise(self.base.spec.noise.sample(generators([request.seed]), request.samples), "prior")
+            return _Noise(self._prior(request), "prior")
         deterministic = self.deterministic and request.deterministic and request.samples == 1
         drawn = [
             self.policy.noise(request.observations, encoding, [request.seed + k], deterministic=deterministic)
             for k in range(request.samples)
         ]
-        reason = next((reasons[0] for _, reasons in drawn if reasons[0]), "")
-        return _Noise(torch.cat([noise for noise, _ in drawn], 1), "prior" if reason else "head", reason)
+        asked = [reasons[0] for _, reasons in drawn]
+        reason = next(filter(None, asked), "")
+        return _Noise(torch.cat([noise for noise, _ in drawn], 1), "prior" if reason else "head", reason, asked)
 
     def _reply(self, request: Infer, noise: _Noise, actions: torch.Tensor, encoding: Encoding, row: int) -> Reply:
         reply: Reply = {
@@ -170,12 +195,17 @@ class Service:
         return encoding
 
     def _denoise(self, encoding: Encoding, noise: torch.Tensor) -> torch.Tensor:
-        """(B, K, H, A). Refuses actions that are not finite: no robot is to get them."""
+        """(B, K, H, A). Refuses actions that are not finite."""
         actions = self.base.denoise(encoding, noise)
         self.counts["sampler_runs"] += 1
-        if not torch.isfinite(actions).all():
-            raise bad("actions", "finite values out of this observation and noise", "NaN or infinity")
-        return actions
+        return _checked(actions)
+
+
+def _checked(actions: torch.Tensor) -> torch.Tensor:
+    """Refuses actions that are not finite: no robot is to get them."""
+    if not torch.isfinite(actions).all():
+        raise bad("actions", "finite values out of this observation and noise", "NaN or infinity")
+    return actions
 
 
 def batch_key(request: Request) -> Any:

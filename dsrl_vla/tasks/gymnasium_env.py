@@ -39,8 +39,10 @@ def make(name: str, *, max_episode_steps: int | None = None, uri: str = "") -> G
         with contextlib.redirect_stderr(io.StringIO()):
             env = gym.make(name, max_episode_steps=-1, render_mode="rgb_array")
     except gym.error.DependencyNotInstalled as error:
+        if "mujoco" not in str(error).lower():
+            raise bad(f"task 'gymnasium:{name}'", "its simulator to be installed", f"{error}") from error
         raise missing_extra("mujoco", "mujoco", f"the task 'gymnasium:{name}'") from error
-    except (gym.error.UnregisteredEnv, ModuleNotFoundError) as error:
+    except (gym.error.Error, ModuleNotFoundError) as error:
         raise unknown("Gymnasium environment", name, gym.registry) from error
     limit = max_episode_steps or gym.spec(name).max_episode_steps or _LIMIT
     return GymnasiumTask(env, limit, uri or f"gymnasium:{name}")

@@ -120,8 +120,8 @@ class DsrlPolicy(PreTrainedPolicy):
             )
         observations = self.observations(batch)
         encoding = self.base.encode(observations)
-        noise = self.source(observations, encoding, self._generators(encoding.batch))
-        return self.base.denoise(encoding, noise)[:, 0, : self.base.spec.executed_steps]
+        actions = self.source.actions(self.base, observations, encoding, self._generators(encoding.batch))
+        return actions[:, 0, : self.base.spec.executed_steps]
 
     def drop_queued_actions(self) -> None:
         """Forget what is left of the present chunk."""

@@ -38,3 +38,16 @@ def load_base(uri: str, **options: Any) -> FrozenPolicy:
         return load(GROUP, "adapter", name)(source, uri=uri, **options)
     except json.JSONDecodeError as error:
         raise bad(f"base '{uri}'", "JSON files that are whole", f"{error}") from error
+    except (RuntimeError, AssertionError):
+        _check_device(str(options.get("device", "cpu")))
+        raise
+
+
+def _check_device(device: str) -> None:
+    import torch
+
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        words = f"'{device}' ({' '.join(str(error).split())[:200]})"
+        raise bad("base.device", "a device that this build of torch can use", words) from error

@@ -1,4 +1,4 @@
-"""Collection: run the head (or base noise, while warming up) and fill the replay."""
+"""Collection: run the head (or random noise in its layout, while warming up) and fill the replay."""
 
 from __future__ import annotations
 

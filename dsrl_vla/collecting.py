@@ -37,7 +37,7 @@ class AnyCollector(abc.ABC):
 
     @abc.abstractmethod
     def step(self, warm_up: bool) -> None:
-        """Collect some decisions (of base noise, to warm up) into the replay, and count them."""
+        """Collect some decisions (of random noise in the layout, to warm up) into the replay, and count them."""
 
     @abc.abstractmethod
     def tensors(self) -> dict[str, torch.Tensor]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import os
+import sys
 from importlib import metadata
 from typing import Any
 
@@ -47,6 +49,8 @@ def imported(name: str, field: str) -> Any:
     try:
         if not colon:
             raise ImportError("it has no colon")
+        if os.getcwd() not in sys.path:  # a command does not look where it is called; python -m does
+            sys.path.append(os.getcwd())
         return getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError) as error:
         raise DsrlError(f"{field}: expected an importable package.module:name, got '{name}' ({error}).") from error

@@ -83,8 +83,9 @@ def fetch(
     except DsrlError:
         raise
     except Exception as error:
-        words = " ".join(str(error).split())
-        raise DsrlError(f"head '{name}': expected a folder or a Hub repository, got {words}") from error
+        asked = "the Hub could not be asked (no network, or HF_HUB_OFFLINE) and its cache has none" if offline else ""
+        words = asked or " ".join(str(error).split())
+        raise bad(f"head '{name}'", "a folder or a Hub repository", f"no such folder here, and {words}") from error
     return Path(path)
 
 

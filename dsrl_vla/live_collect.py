@@ -156,7 +156,7 @@ class EpisodeCollector(Collector):
     def _choose(
         self, observation: Observations, streams: list[torch.Generator], warm_up: bool
     ) -> tuple[_Chosen, np.ndarray]:
-        """The head's choice (or base noise, while warming up), and the chunk (1, k, A) that it gives."""
+        """The head's choice (or random noise, while warming up), and the chunk (1, k, A) that it gives."""
         encoding = self.base.encode(observation)
         inputs = self.head.read(observation, encoding)
         latent = self.head.layout.sample(streams)[:, 0] if warm_up else self.head.latent(inputs, streams)

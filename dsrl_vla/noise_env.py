@@ -31,6 +31,7 @@ class NoiseEnv(gym.Env):
     A library that discounts by its own gamma per step should be given ``gamma ** executed_steps``.
 
     Args:
+        layout: or its name, for one of bound 1.5.
         gamma: discount per environment step within a chunk; 1 sums.
         reward_offset: added to every step's reward; 1 makes -1 per step and 0 at success read 0 and 1.
         check: probe the base first; raises NotSteerableError when it cannot be steered.
@@ -45,7 +46,7 @@ class NoiseEnv(gym.Env):
         self,
         base: FrozenPolicy,
         task: TaskEnv,
-        layout: NoiseLayout,
+        layout: NoiseLayout | str = "repeat",
         *,
         gamma: float = 1.0,
         reward_offset: float = 0.0,
@@ -54,6 +55,8 @@ class NoiseEnv(gym.Env):
         if not 0 < gamma <= 1:
             raise bad("gamma", "above 0 and at most 1", gamma)
         base.check_task(task.info)
+        if isinstance(layout, str):
+            layout = NoiseLayout(base.spec.noise, layout)
         if layout.space != base.spec.noise:
             raise bad("layout", f"one over the base's noise space {base.spec.noise}", f"{layout.space}")
         self.base, self.layout, self.gamma, self.reward_offset = base, layout, gamma, reward_offset

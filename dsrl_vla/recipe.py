@@ -82,7 +82,7 @@ class TrainConfig:
     env_steps: int = 15_000
     """Environment steps of collection; validation episodes are counted apart. 0: offline data alone."""
     learning_starts: int = 300
-    """Decisions of base noise before the first update."""
+    """Decisions of random noise in the layout before the first update: not the base's own noise, see preflight."""
     warm_start: Literal["none", "ticket"] = "none"
     """ticket: search the best constant noise first (its steps count), and let the head start there."""
     gradient_steps: float = 3.0
@@ -181,6 +181,21 @@ def load_recipe(source: str | Path, overrides: Mapping[str, Any] | None = None) 
     tree = _merge(tree, dict(overrides or {}))
     tree.setdefault("name", Path(str(source)).stem)
     return from_plain(Recipe, tree, "")
+
+
+def differing(one: Recipe, other: Recipe) -> list[str]:
+    """Names of the fields in which two recipes differ, as options have them."""
+    return _differing(dataclasses.asdict(one), dataclasses.asdict(other), "")
+
+
+def _differing(one: dict[str, Any], other: dict[str, Any], prefix: str) -> list[str]:
+    found = []
+    for key, value in one.items():
+        if isinstance(value, dict):
+            found += _differing(value, other[key], f"{prefix}{key}.")
+        elif value != other[key] and prefix + key not in ("name", "description"):
+            found.append(prefix + key)
+    return found
 
 
 def _read(source: str | Path, seen: tuple[str, ...] = ()) -> dict[str, Any]:

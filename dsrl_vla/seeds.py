@@ -5,6 +5,8 @@ One seed is one episode: its initial state, and the noise drawn in it.
 
 from __future__ import annotations
 
+from .errors import bad
+
 DEMONSTRATIONS = 100_000
 VALIDATION = 200_000
 """Episodes that choose the best head during training."""
@@ -20,5 +22,7 @@ TRAINING = 1_000_000
 
 
 def block(first: int, count: int) -> list[int]:
-    """`count` seeds from `first` on."""
+    """`count` seeds from `first` on. Raises DsrlError when that is none."""
+    if count < 1:
+        raise bad("episodes", "1 or more", count)
     return list(range(first, first + count))

@@ -24,7 +24,8 @@ class Entry:
     name: str
     description: str
     status: str
-    """measured: what came of this very recipe ships with its evaluation; by reading: it does not."""
+    """measured: what came of this very recipe ships with its evaluation; no head ships: nothing of it
+    does (for what was run, see the README); by reading: it says of itself that nobody has run it."""
     figures: str = ""
     artefact: str = ""
     """What it made: ``shipped:<name>``, or ``nano:``."""
@@ -38,7 +39,8 @@ def shelf() -> list[Entry]:
     entries = []
     for name, path in shipped().items():
         raw: dict[str, Any] = yaml.safe_load(path.read_text()) or {}
-        entry = Entry(name, raw.get("description", ""), "by reading")
+        told = raw.get("description", "")
+        entry = Entry(name, told, "by reading" if "unverified" in told.lower() else "no head ships")
         if name == pretrained:
             entry = replace(entry, status="measured", figures=_base_figures(base / EVAL), artefact="nano:")
         elif "demos" not in raw:

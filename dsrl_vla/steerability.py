@@ -105,6 +105,11 @@ def preflight(
     for name in ("base", *(f"layout {name}" for name in config.layouts)):
         more = [run(f"{name}, try {trial + 1}", sources[name], trial) for trial in range(1, config.best_of)]
         headroom[name] = _headroom([found[name], *more])
+    advice = recommend(base, found, headroom, config)
+    limit = min(info.max_episode_steps for info in task.infos)
+    if all(e.steps >= limit and not e.success for m in found.values() for e in m.episodes):
+        words = f"No episode ended before task.max_episode_steps {limit}: does the task need more?"
+        advice["words"] = f"{words} {advice['words']}"
     return {
         "base": base.spec.uri,
         "task": " + ".join(task.config.uris),
@@ -119,7 +124,7 @@ def preflight(
             "image_effect": report.image_effect,
             "prompt_effect": report.prompt_effect,
         },
-        "recommendation": recommend(base, found, headroom, config),
+        "recommendation": advice,
     }
 
 

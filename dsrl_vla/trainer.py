@@ -165,7 +165,7 @@ class Trainer:
         """The updates that the decisions so far are owed."""
         config = self.recipe.train
         owed = int((self.collector.decisions - config.learning_starts) * config.gradient_steps)
-        if owed > 0:
+        if owed > 0 and len(self.data):  # the first returns over n decisions are complete after n
             self.updates.until(self.recipe.offline.updates + owed)
 
     def _read_offline(self) -> Replay:

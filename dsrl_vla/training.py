@@ -18,17 +18,20 @@ from .errors import bad
 from .evaluation import Measure
 from .head import SteeringHead
 from .head_config import CONFIG
+from .journal import FOLDER
 from .learners import build_learner
 from .plots import draw_run
 from .policy import FrozenPolicy
 from .probing import probe
-from .recipe import AUTO, Recipe, load_recipe
+from .recipe import AUTO, Recipe, differing, load_recipe
 from .rollout import VectorTask
 from .run_dir import disk_errors, write_json, write_text
 from .team import LaunchedTeam, join_team
 from .trainer import Trainer
 
 log = logging.getLogger(__name__)
+_PROGRESS = ("metrics.jsonl", "checkpoints", "best", FOLDER, "preflight.json", "ticket.json")
+"""What a run leaves from its first step on. A directory without is one whose start failed: it may be started anew."""
 
 
 @dataclass
@@ -74,6 +77,9 @@ def train(
     if isinstance(team, LaunchedTeam) and not team.leads:
         return RunResult(_follow(team, recipe), None, out, leads=False)
     _prepare(recipe, out, resume)
+    if base is not None and base.spec.uri != recipe.base.uri:
+        words = "%s: the base is '%s', but other commands will load the recipe's, '%s', for this run. Set base.uri."
+        log.warning(words, out, base.spec.uri, recipe.base.uri)
     base = base or recipe.base.load()
     with contextlib.ExitStack() as stack:
         held_out = stack.enter_context(VectorTask(recipe.task, base.spec.executed_steps))
@@ -121,7 +127,8 @@ def resolve_layout(recipe: Recipe, base: FrozenPolicy, task: VectorTask, out: Pa
         with tqdm(total=total, unit="episode", desc="preflight", disable=None) as bar:
             write_json(path, preflight(base, task, config, lambda *_: bar.update()))
     advice = json.loads(path.read_text())["recommendation"]
-    log.info("layout auto: %s, bound %g. %s", advice["layout"], advice["bound"], advice["words"])
+    tell = log.info if advice["worth_steering"] else log.warning
+    tell("layout auto: %s, bound %g. %s", advice["layout"], advice["bound"], advice["words"])
     return replace(recipe, noise=replace(recipe.noise, layout=advice["layout"], bound=advice["bound"]))
 
 
@@ -133,12 +140,13 @@ def example(task: VectorTask) -> dict[str, Any]:
 
 def _prepare(recipe: Recipe, out: Path, resume: bool) -> None:
     path = out / "recipe.yaml"
-    if path.exists() and not resume:
+    if path.exists() and not resume and any((out / name).exists() for name in _PROGRESS):
         raise bad(f"{out}", "a new directory", "one that holds a run", "Choose another --out, or go on with --resume.")
     if resume and not path.exists():
         raise bad(f"{out}", "a run to resume", "no recipe.yaml there")
-    if resume and load_recipe(path) != recipe:
-        raise bad(f"{path}", "the recipe this run was started with", "another one", "Resume without overrides.")
+    if resume and (started := load_recipe(path)) != recipe:
+        got = f"another one, which differs in {', '.join(differing(started, recipe)) or 'its name'}"
+        raise bad(f"{path}", "the recipe this run was started with", got, "Give the same options again, or none.")
     with disk_errors(out):
         out.mkdir(parents=True, exist_ok=True)
         write_text(path, recipe.to_yaml())

@@ -86,6 +86,8 @@ class Watch:
         self.target_entropy, self.episodes, self.env_steps = target_entropy, episodes, env_steps
         self.best, self.most = -math.inf, 0.0
         self.first: float | None = None
+        self.seen = 0
+        """Validations."""
         self.active: set[str] = set()
         self.warnings: list[str] = []
         self.gaps: deque[float] = deque(maxlen=3)
@@ -94,7 +96,7 @@ class Watch:
         """Take a row; return the warnings it gives rise to, and keep them in `warnings`."""
         said = {"value": self._value(row), "entropy": self._entropy(row)}
         if (found := row.get(f"validation_{self.yardstick.name}")) is not None:
-            self.best = max(self.best, found)
+            self.best, self.seen = max(self.best, found), self.seen + 1
             self.first = found if self.first is None else self.first
             said |= {"drop": self._drop(found), "stuck": self._stuck(row["env_steps"], self.first)}
         ailing = {name: words for name, words in said.items() if words}
@@ -136,7 +138,7 @@ class Watch:
         )
 
     def _stuck(self, steps: float, first: float) -> str:
-        if steps < max(1, self.env_steps / 2) or self.yardstick.risen(self.best, first):
+        if not self.env_steps / 2 <= steps < self.env_steps or self.seen < 2 or self.yardstick.risen(self.best, first):
             return ""
         best = f"{self.best:.{self.yardstick.digits}f}"
         return (

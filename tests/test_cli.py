@@ -52,6 +52,12 @@ def test_train_resume_eval_and_preflight(fork_recipe, tmp_path, capsys, caplog):
             ["train", "demo", "--eval.baselines", "[ticket"],
             "--eval.baselines': expected a value as YAML has it",
         ),
+        (
+            ["train", "demo", "--base.device", "cudaa"],
+            "base.device: expected a device that this build of torch can use",
+        ),
+        (["record", "demo", "--out", "x"], "x: expected a new file that ends in .npz, got x"),
+        (["inspect", "no/body"], "a Hub repository, got no such folder here, and the Hub could not be asked"),
         (["eval", "no-such-run"], "expected a run's directory"),
         (["pretrain", "nothing", "--out", "x"], "recipe: expected a YAML file"),
     ],

@@ -112,6 +112,13 @@ def test_what_a_layout_alone_solves_is_worth_steering(fork_base):
     assert not found["worth_steering"] and "in any layout" in found["words"]
 
 
+def test_preflight_says_when_episodes_may_have_been_too_short(fork_base):
+    config = PreflightConfig(episodes=4, best_of=1, layouts=("repeat",), bounds=(1.5,))
+    with VectorTask(TaskConfig("point:fork", 4, 4), 4) as task:
+        advice = preflight(fork_base, task, config)["recommendation"]
+    assert advice["words"].startswith("No episode ended before task.max_episode_steps 4: does the task need more?")
+
+
 def test_preflight_asks_for_something_to_measure():
     with pytest.raises(DsrlError, match="preflight"):
         PreflightConfig(episodes=0)

@@ -75,3 +75,8 @@ def _episode(env, act, seed):
         seen, _, terminated, truncated, info = env.step(act(seen))
         over = terminated or truncated
     return info["success"]
+
+
+def test_a_layout_may_be_given_by_name(fork_base):
+    env = NoiseEnv(fork_base, make_task("point:fork"), "chunk")
+    assert env.layout == NoiseLayout(fork_base.spec.noise, "chunk", 1.5)

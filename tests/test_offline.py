@@ -244,9 +244,9 @@ def test_the_recorder_takes_a_runs_head_for_its_own_base_only(fork_recipe, fork_
         for weight in base.model.parameters():
             weight.add_(0.01)
     base.save_pretrained(other)
-    args = ["record", str(fork_recipe), "--run", str(run), "--out", str(tmp_path / "x.npz"), "--episodes", "2"]
-    assert main(args) == 0
-    assert main([*args, "--base.uri", f"flow-mlp:{other}"]) == 2
+    args = ["record", str(fork_recipe), "--run", str(run), "--episodes", "2", "--out"]
+    assert main([*args, str(tmp_path / "x.npz")]) == 0
+    assert main([*args, str(tmp_path / "y.npz"), "--base.uri", f"flow-mlp:{other}"]) == 2
     assert "weights: expected sha256" in capsys.readouterr().err
 
 

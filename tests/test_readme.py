@@ -83,6 +83,8 @@ def test_the_python_api_does_what_it_shows(tmp_path, monkeypatch):
         exec(compile(block, "README.md", "exec"), names)
     assert torch.equal(names["plain"], names["base"].act(names["observation"], seed=0))
     assert names["chunk"].shape == (8, 4)
+    mine = names["make"]("push", uri="mine:push").chunked(8)  # the task that it shows how to write
+    assert mine.reset(seed=0)[0]["observation.state"].shape == (7,) and mine.step(names["chunk"].numpy())[1] == -8
     assert torch.equal(dsrl_vla.SteeredPolicy(names["base"], names["head"]).act(names["observation"]), names["chunk"])
 
 

@@ -141,6 +141,30 @@ def test_ctrl_c_while_learning_offline_is_no_finished_run(fork_recipe, fork_fold
     assert isinstance(SteeringHead.from_pretrained(out / "best"), SteeringHead)
 
 
+def test_a_start_that_failed_does_not_hold_the_directory(fork_folder, tmp_path):
+    tree, out = short(fork_folder), tmp_path / "run"
+    with pytest.raises(DsrlError, match="a folder with config.json"):
+        train(load_recipe("drawer-open", tree | {"base": {"uri": "flow-mlp:/nowhere"}}), out)
+    train(load_recipe("drawer-open", tree), out, evaluate_after=False)
+    with pytest.raises(DsrlError, match="expected a new directory, got one that holds a run"):
+        train(load_recipe("drawer-open", tree), out)
+    other = load_recipe("drawer-open", tree | {"sac": {"gamma": 0.5}})
+    with pytest.raises(DsrlError, match=r"another one, which differs in .*sac.gamma.* Give the same options again"):
+        train(other, out, resume=True)
+
+
+def test_a_base_that_is_not_the_recipes_is_said(fork_folder, fork_base, tmp_path, caplog):
+    train(load_recipe("drawer-open", short(fork_folder)), tmp_path / "run", base=fork_base, evaluate_after=False)
+    assert (
+        f"the base is 'flow-mlp:', but other commands will load the recipe's, 'flow-mlp:{fork_folder}'" in caplog.text
+    )
+
+
+def test_the_warm_up_lasts_until_there_is_something_to_learn_from(fork_folder, tmp_path):
+    recipe = load_recipe("drawer-open", short(fork_folder, learning_starts=1))
+    assert train(recipe, tmp_path / "run", evaluate_after=False).head
+
+
 def test_a_run_that_ends_before_it_has_learnt_is_an_error(fork_folder, tmp_path):
     recipe = load_recipe("drawer-open", short(fork_folder, env_steps=60, learning_starts=500))
     with pytest.raises(

@@ -45,6 +45,8 @@ def list_recipes(argv: list[str]) -> int:
 def init_recipe(argv: list[str]) -> int:
     """Write a commented recipe for your own base and task, from preflight's findings."""
     args = tyro.cli(InitArgs, prog="dsrl-vla init-recipe", args=argv)
+    import json
+
     from ..errors import bad
     from ..first_recipe import first_recipe
     from ..recipe import load_recipe
@@ -54,7 +56,9 @@ def init_recipe(argv: list[str]) -> int:
         raise bad(f"{args.out}", "a new file that ends in .yaml", "one that exists" if args.out.exists() else args.out)
     write_text(args.out, first_recipe(args.preflight, args.out.stem))
     load_recipe(args.out)
-    print(f"written: {args.out}\nnext: dsrl-vla train {args.out}")
+    advice = json.loads(args.preflight.read_text())["recommendation"]
+    print(f"written: {args.out}")
+    print(f"next: dsrl-vla train {args.out}" if advice["worth_steering"] else f"before you train: {advice['words']}")
     return 0
 
 

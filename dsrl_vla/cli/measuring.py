@@ -196,6 +196,8 @@ def run_record(argv: list[str]) -> int:
     from ..sources import HeadNoise, HeldNoise, LayoutNoise, NoiseSource, PriorNoise
     from ..training import load_run
 
+    if args.out.suffix != ".npz" or args.out.exists():
+        raise bad(f"{args.out}", "a new file that ends in .npz", "one that exists" if args.out.exists() else args.out)
     if args.run and args.noise:
         raise bad("record", "--noise or --run", f"both, --noise {args.noise} and --run {args.run}")
     base = recipe.base.load()

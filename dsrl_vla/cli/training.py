@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import tyro
 
@@ -43,23 +43,14 @@ class PretrainArgs:
 
 def as_started(recipe: Recipe, out: Path) -> Recipe:
     """The recipe a run was started with, overrides included; where that is not the one asked for, it is said."""
+    from ..recipe import differing
+
     started: Recipe = read_recipe(str(out / "recipe.yaml"), [])
-    fields = differing(asdict(recipe), asdict(started))
+    fields = differing(recipe, started)
     if fields:
         told = ", ".join(fields)
         log.warning("%s goes on with the recipe it was started with, which differs from this one in %s.", out, told)
     return started
-
-
-def differing(one: dict[str, Any], other: dict[str, Any], prefix: str = "") -> list[str]:
-    """Names of the fields, as options have them, in which two recipes differ."""
-    found = []
-    for key, value in one.items():
-        if isinstance(value, dict):
-            found += differing(value, other[key], f"{prefix}{key}.")
-        elif value != other[key] and prefix + key not in ("name", "description"):
-            found.append(prefix + key)
-    return found
 
 
 def run_train(argv: list[str]) -> int:

@@ -52,7 +52,7 @@ class RobotTask(LiveTask):
         self.info = TaskInfo(
             uri, prompt, max_episode_steps, len(rig.state), len(rig.actions), rig.shapes, reward.range, live=True
         )
-        self._build_spaces()
+        self.build_spaces()
         low, high = rig.guards.low.astype(np.float32), rig.guards.high.astype(np.float32)
         self.action_space = gym.spaces.Box(low, high, dtype=np.float32)
         self.columns: dict[str, list[Any]] = {}

@@ -188,7 +188,7 @@ class PolicyServer:
                 close_timeout=1,
                 process_request=self._admit,
             )
-        except OSError as error:
+        except (OSError, OverflowError) as error:
             worker.close()
             raise bad("serve", f"to listen on {config.host}:{config.port}", f"{error}") from error
         try:

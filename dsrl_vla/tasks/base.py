@@ -72,7 +72,8 @@ class TaskEnv(gym.Env, abc.ABC):
         """This task with chunks of `chunk` actions for its actions."""
         return ChunkEnv(self, chunk)
 
-    def _build_spaces(self) -> None:
+    def build_spaces(self) -> None:
+        """Set the observation and action spaces that `info` implies; call it once `info` is there."""
         spaces: dict[str, gym.Space] = {
             IMAGE_PREFIX + name: gym.spaces.Box(0, 255, shape, np.uint8) for name, shape in self.info.cameras.items()
         }

@@ -57,7 +57,7 @@ class GymnasiumTask(TaskEnv):
         self.info = TaskInfo(
             uri, "", max_episode_steps, state, action, reward_range=(-math.inf, math.inf), measure="return"
         )
-        self._build_spaces()
+        self.build_spaces()
         self.action_space = env.action_space
 
     def begin(self, seed: int) -> None:

@@ -118,7 +118,7 @@ class LeRobotTask(TaskEnv):
             action_dim=space.shape[0],
             cameras=cameras,
         )
-        self._build_spaces()
+        self.build_spaces()
         self.action_space = gym.spaces.Box(space.low.astype(np.float32), space.high.astype(np.float32))
 
     def begin(self, seed: int) -> None:

@@ -80,7 +80,7 @@ class MetaWorldTask(Demonstrable):
             action_dim=4,
             cameras={CAMERA: (IMAGE_SIZE, IMAGE_SIZE, 3)},
         )
-        self._build_spaces()
+        self.build_spaces()
 
     def begin(self, seed: int) -> None:
         self.sim.seed(seed)

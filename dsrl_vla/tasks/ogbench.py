@@ -67,7 +67,7 @@ class OGBenchCube(Demonstrable):
             action_dim=5,
             cameras={CAMERA: (IMAGE_SIZE, IMAGE_SIZE, 3)},
         )
-        self._build_spaces()
+        self.build_spaces()
 
     def begin(self, seed: int) -> None:
         self._seed = seed

@@ -46,7 +46,7 @@ class Fork(TaskEnv):
     def __init__(self, uri: str, max_episode_steps: int, side: float = 1.0):
         self.side = side
         self.info = TaskInfo(uri, "go round the pillar to the goal", max_episode_steps, state_dim=4, action_dim=2)
-        self._build_spaces()
+        self.build_spaces()
 
     def begin(self, seed: int) -> None:
         rng = np.random.default_rng(seed)

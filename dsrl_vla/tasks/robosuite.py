@@ -128,7 +128,7 @@ class RobosuiteTask(Demonstrable):
             action_dim=int(sim.action_dim),
             cameras=dict.fromkeys(options.cameras, (size, size, 3)),
         )
-        self._build_spaces()
+        self.build_spaces()
 
     @property
     def model(self) -> Any:

@@ -15,7 +15,7 @@ from typing import Any
 from dsrl_vla import seeds as ranges
 from dsrl_vla.cli import main as command
 from dsrl_vla.evaluation import Measure, measure, measure_base, paired_difference
-from dsrl_vla.recipe import Recipe
+from dsrl_vla.recipe import Recipe, flat
 from dsrl_vla.rollout import Episode, VectorTask
 from dsrl_vla.sources import NoiseSource
 
@@ -30,16 +30,9 @@ _WITHOUT_EFFECT = {
 
 def settings(recipe: Recipe) -> dict[str, Any]:
     """What decides a run's result, as flat ``{"section.field": value}``: all that differs from the defaults."""
-    before, now = _flat(asdict(Recipe())), _flat(asdict(recipe))
+    before, now = flat(asdict(Recipe())), flat(asdict(recipe))
     changed = {k: v for k, v in now.items() if before[k] != v and k not in _WITHOUT_EFFECT}
     return json.loads(json.dumps(changed))
-
-
-def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for key, value in tree.items():
-        found |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-    return found
 
 
 def read(path: Path) -> dict[str, Any]:

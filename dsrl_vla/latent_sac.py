@@ -210,9 +210,9 @@ class LatentSAC:
         self.flat["average"].follow(self.flat["head"], weight)
         return info
 
-    def snapshot(self) -> Callable[[Path], None]:
-        """The head to use as it is now: what writes it to a folder, at once or later."""
-        return copy.deepcopy(self.average).eval().save_pretrained
+    def snapshot(self, head: SteeringHead) -> Callable[[Path], None]:
+        """What writes `head`, and all that goes with it as it is now, to a folder: at once or later."""
+        return head.save_pretrained
 
     def _step(self, name: str, loss: torch.Tensor) -> None:
         self.flat[name].descend(loss, self.optimizers[name], self.config.max_grad_norm)

@@ -128,8 +128,8 @@ class EpisodeCollector(Collector):
         played = _Played(self.episodes, episode_generators([seed]))
         observation = self.task.reset([seed])
         while True:
-            human = self.task.envs.get_attr("human")[0]
-            chosen, chunks = (None, self._nobody()) if human else self._choose(observation, played.streams, warm_up)
+            nobodys = None, self.task.nobodys()
+            chosen, chunks = nobodys if self.task.driven else self._choose(observation, played.streams, warm_up)
             result = self.task.step(chunks)
             played.add(observation, chosen, result)
             observation = result.observations
@@ -148,10 +148,6 @@ class EpisodeCollector(Collector):
             log.warning(
                 "%d of %d control steps came late. Lower fps, or look for what is slow (cameras, motors).", late, ticks
             )
-
-    def _nobody(self) -> np.ndarray:
-        spec = self.base.spec
-        return np.full((1, spec.executed_steps, spec.action_dim), np.nan, dtype=np.float32)
 
     def _choose(
         self, observation: Observations, streams: list[torch.Generator], warm_up: bool

@@ -118,12 +118,12 @@ class NoiseAliasing(LatentSAC):
         """What has to be kept of a decision."""
         return BankKeeper(self.na.bank)
 
-    def snapshot(self) -> Callable[[Path], None]:
-        """The head and Q^A (``action_critic.safetensors``) as they are now: what writes them to a folder."""
-        write_head, weights = super().snapshot(), copy.deepcopy(self.action_critic.state_dict())
+    def snapshot(self, head: SteeringHead) -> Callable[[Path], None]:
+        """As `LatentSAC.snapshot`; with the head goes Q^A (``action_critic.safetensors``)."""
+        weights = copy.deepcopy(self.action_critic.state_dict())
 
         def write(folder: Path) -> None:
-            write_head(folder)
+            head.save_pretrained(folder)
             write_tensors(folder / ACTION_CRITIC, weights)
 
         return write

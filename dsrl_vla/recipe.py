@@ -185,16 +185,16 @@ def load_recipe(source: str | Path, overrides: Mapping[str, Any] | None = None) 
 
 def differing(one: Recipe, other: Recipe) -> list[str]:
     """Names of the fields in which two recipes differ, as options have them."""
-    return _differing(dataclasses.asdict(one), dataclasses.asdict(other), "")
+    before = flat(dataclasses.asdict(other))
+    now = flat(dataclasses.asdict(one))
+    return [name for name in now if now[name] != before[name] and name not in ("name", "description")]
 
 
-def _differing(one: dict[str, Any], other: dict[str, Any], prefix: str) -> list[str]:
-    found = []
-    for key, value in one.items():
-        if isinstance(value, dict):
-            found += _differing(value, other[key], f"{prefix}{key}.")
-        elif value != other[key] and prefix + key not in ("name", "description"):
-            found.append(prefix + key)
+def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """A recipe's tree as ``{"section.field": value}``."""
+    found: dict[str, Any] = {}
+    for key, value in tree.items():
+        found |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
     return found
 
 

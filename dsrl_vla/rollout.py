@@ -124,6 +124,10 @@ class VectorTask:
         """Whether a person drives now, so that nobody need choose a chunk."""
         return self.info.live and all(self.envs.get_attr("human"))
 
+    def nobodys(self) -> np.ndarray:
+        """Chunks that nobody chose, float32 (B, k, A): what a task that is driven is stepped with."""
+        return np.full((self.config.num_envs, self.chunk, self.info.action_dim), np.nan, dtype=np.float32)
+
     def restore(self, episodes: Sequence[tuple[int, Sequence[np.ndarray]]]) -> Observations:
         """Bring every environment to where an episode was: its seed, and the chunks (k, A) executed since."""
         self.reset([seed for seed, _ in episodes])
@@ -207,7 +211,7 @@ def run_episodes(
     total = len(seeds) * len(queues)
     while len(done) < total:
         if task.driven:
-            result = task.step(np.full((count, executed, base.spec.action_dim), np.nan, dtype=np.float32))
+            result = task.step(task.nobodys())
         else:
             encoding = base.encode(observations)
             result = task.step(source.actions(base, observations, encoding, streams)[:, 0, :executed].numpy())

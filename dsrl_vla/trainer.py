@@ -243,7 +243,7 @@ class Trainer:
             self.best = (found.mean, -steps)
             self.learner.average.calibrate(self.replay.observations() or self.data.observations())
             self.best_now = copy.deepcopy(self.learner.average).eval()
-            self.write_best = self.learner.snapshot()
+            self.write_best = self.learner.snapshot(self.best_now)
             self._try("best head", lambda: self.write_best(self.out / "best"))
             if self.collector.live:  # what a simulator does again, a robot does not
                 self.checkpoint()

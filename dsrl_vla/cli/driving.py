@@ -35,8 +35,7 @@ def run_drive(argv: list[str]) -> int:
     from ..sources import NoiseSource, PriorNoise, SteeredNoise
     from ..training import load_run
 
-    if args.episodes < 1:
-        raise bad("drive --episodes", "1 or more", args.episodes)
+    numbers = seeds.block(args.seed, args.episodes)
     if bool(args.run) == bool(args.base):
         raise bad("drive", "either --run or --base", "both" if args.base else "neither")
     if args.run:
@@ -51,7 +50,7 @@ def run_drive(argv: list[str]) -> int:
     with stop_requests(at_once=True), VectorTask(config, base.spec.executed_steps) as task:
         base.check_task(task.info)
         show = lambda e: print(f"{'success' if e.success else 'no success'}, {e.steps} steps", flush=True)
-        done = run_episodes(base, task, source, seeds.block(args.seed, args.episodes), on_episode=show)
+        done = run_episodes(base, task, source, numbers, on_episode=show)
         report = task.envs.call("report")[0]
     print(f"{sum(e.success for e in done)} of {len(done)} episodes succeeded")
     for kind, count in (policy.fallbacks if policy else {}).items():

@@ -88,8 +88,7 @@ def run_preflight(argv: list[str]) -> int:
     from ..tables import print_preflight
 
     out = args.out or Path("runs") / f"{recipe.name}-preflight"
-    measured = tuple(args.layouts), tuple(args.bounds)
-    config = PreflightConfig(args.episodes, args.best_of, *measured, columns=recipe.noise.columns)
+    config = PreflightConfig(args.episodes, args.best_of, args.layouts, args.bounds, recipe.noise.columns)
     base = recipe.base.load()
     total = config.total_episodes(base) * len(recipe.task.uris)
     with (

@@ -6,7 +6,7 @@ import logging
 import os
 import signal
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -98,11 +98,11 @@ def load(args: ServeArgs) -> tuple[Any, Any]:
     from ..head_config import CONFIG
 
     folder = Path(args.target)
+    options = {name: value for name, value in (("dtype", args.dtype), ("device", args.device)) if value}
     if (folder / CONFIG).exists():
         head = SteeringHead.from_pretrained(args.head or folder)
-        args = replace(args, target=head.config.base_uri, head=args.head or args.target)
-    options = {name: value for name, value in (("dtype", args.dtype), ("device", args.device)) if value}
-    if not (Path(args.target) / "recipe.yaml").exists():
+        return load_base(head.config.base_uri, **options), head
+    if not (folder / "recipe.yaml").exists():
         if ":" not in args.target:
             raise bad("serve", "a base's URI such as 'nano:', or a run's directory", f"'{args.target}'")
         return load_base(args.target, **options), SteeringHead.from_pretrained(args.head) if args.head else None

@@ -145,8 +145,7 @@ class Service:
     def _actions(self, requests: Sequence[Infer], noises: list[_Noise], encoding: Encoding) -> torch.Tensor:
         """The actions (B, K, H, A) under these noises; where a head's leads to none that are finite, the base's own,
         as which it is then booked."""
-        actions = self.base.denoise(encoding, torch.cat([noise.values for noise in noises]))
-        self.counts["sampler_runs"] += 1
+        actions = self._sample(encoding, torch.cat([noise.values for noise in noises]))
         broken = ~torch.isfinite(actions).flatten(1).all(1)
         steered = torch.tensor([bool(noise.asked) for noise in noises])
         if self.policy and (broken & steered).any():
@@ -196,9 +195,11 @@ class Service:
 
     def _denoise(self, encoding: Encoding, noise: torch.Tensor) -> torch.Tensor:
         """(B, K, H, A). Refuses actions that are not finite."""
-        actions = self.base.denoise(encoding, noise)
+        return _checked(self._sample(encoding, noise))
+
+    def _sample(self, encoding: Encoding, noise: torch.Tensor) -> torch.Tensor:
         self.counts["sampler_runs"] += 1
-        return _checked(actions)
+        return self.base.denoise(encoding, noise)
 
 
 def _checked(actions: torch.Tensor) -> torch.Tensor:

@@ -59,6 +59,19 @@ def test_the_operator_lifts_and_success_ends_the_episode(lift):
 
 
 @needs_robosuite
+@pytest.mark.parametrize("shift", [0.0, 0.045])
+def test_the_operator_threads_the_nut_unless_it_sees_it_elsewhere(shift):
+    env = make_task("robosuite:Square", max_episode_steps=180)
+    env.begin(0)
+    act, steps, success = env.expert(), 0, False
+    while not success and steps < 180:
+        success = env.advance(act(shift))[1]
+        steps += 1
+    env.close()
+    assert success == (shift == 0.0)
+
+
+@needs_robosuite
 def test_names_and_options_are_checked():
     with pytest.raises(UnknownNameError, match="Lift"):
         make_task("robosuite:Lifft")

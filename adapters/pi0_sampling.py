@@ -1,17 +1,21 @@
 """π0's sampler, cut in two where the noise enters: one prefix pass, then denoising from K noises behind it.
 
 The same operations in the same order as ``PI0ForConditionalGeneration.sample_actions``
-(transformers/models/pi0/modeling_pi0.py), so that K = 1 is bit-equal to it.
+(transformers/models/pi0/modeling_pi0.py), so that K = 1 is bit-equal to it. More noises attend as `pi0_attention`
+says.
 """
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from einops import rearrange, repeat
+
+from .pi0_attention import heads_as_one
 
 
 def prefix(model: Any, inputs: dict[str, torch.Tensor]) -> tuple[Any, torch.Tensor]:
@@ -86,11 +90,12 @@ def denoise(model: Any, inputs: dict[str, torch.Tensor], cache: Any, noise: torc
     length, name = cache.get_seq_length(), _cache_name(model)
     x = rearrange(noise, "b k h d -> (b k) h d").to(inputs["state"].dtype)
     dt = -1.0 / steps
-    for step in range(steps):
-        time = torch.full((batch * count,), 1.0 + step * dt, dtype=torch.float32, device=x.device)
-        velocity = model(noise=x, timestep=time, **{name: cache}, **per_noise).logits
-        cache.crop(length - cache.get_seq_length())
-        x = x + dt * velocity
+    with heads_as_one(model, count) if count > 1 else contextlib.nullcontext():
+        for step in range(steps):
+            time = torch.full((batch * count,), 1.0 + step * dt, dtype=torch.float32, device=x.device)
+            velocity = model(noise=x, timestep=time, **{name: cache}, **per_noise).logits
+            cache.crop(length - cache.get_seq_length())
+            x = x + dt * velocity
     return rearrange(x, "(b k) h d -> b k h d", b=batch)
 
 

@@ -1,10 +1,12 @@
 import json
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from dsrl_vla import load_base
+from dsrl_vla.adapters.pi0_attention import heads_as_one
 from dsrl_vla.errors import DsrlError, MissingExtraError, NotSteerableError
 from dsrl_vla.noise import generators
 from dsrl_vla.observation import batch
@@ -35,6 +37,25 @@ def test_a_decision_with_eight_noises_runs_the_prefix_once(tiny_pi0, observation
     tiny_pi0.denoise(encoding, tiny_pi0.spec.noise.sample(generators([0]), 8))
     hook.remove()
     assert len(calls) == 1
+
+
+def test_noises_behind_prompts_of_different_lengths_equal_separate_calls(tiny_pi0, observation):
+    prompts = ("open the drawer", "push and close the window")
+    encoding = tiny_pi0.encode(batch([observation(tiny_pi0, prompt=p) for p in prompts]))
+    noise = tiny_pi0.spec.noise.sample(generators([0, 1]), 3)
+    together = tiny_pi0.denoise(encoding, noise)
+    apart = torch.cat([tiny_pi0.denoise(encoding, noise[:, i : i + 1]) for i in range(3)], 1)
+    assert torch.allclose(together, apart, atol=1e-5)
+    assert not torch.allclose(together[0], together[1], atol=1e-2)
+
+
+def test_the_attention_for_many_noises_is_of_its_thread_alone(tiny_pi0, observation):
+    encoding = tiny_pi0.encode(batch([observation(tiny_pi0)]))
+    noise = tiny_pi0.spec.noise.sample(generators([0]))
+    alone = tiny_pi0.denoise(encoding, noise)
+    with heads_as_one(tiny_pi0.model, 3), ThreadPoolExecutor(1) as pool:
+        assert torch.equal(pool.submit(tiny_pi0.denoise, encoding, noise).result(), alone)
+    assert torch.equal(tiny_pi0.denoise(encoding, noise), alone)
 
 
 def test_the_feature_does_not_see_padding(tiny_pi0, observation):

@@ -30,11 +30,11 @@ class _Masks:
         self.last: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def fold(self, mask: torch.Tensor, times: int, dtype: torch.dtype) -> torch.Tensor:
-        """A boolean mask (N, 1, Q, T) as numbers to add, (N, 1, times * Q, T)."""
+        """A boolean mask (N, 1, Q, T) as numbers to add, (N, 1, Q * times, T)."""
         if self.last is None or self.last[0] is not mask:
             own = mask[:: self.count]
             numbers = torch.zeros(own.shape, dtype=dtype, device=mask.device).masked_fill_(~own, -torch.inf)
-            rows = numbers.repeat(1, 1, times, 1).unsqueeze(1).expand(-1, self.count, -1, -1, -1)
+            rows = numbers.repeat_interleave(times, 2).unsqueeze(1).expand(-1, self.count, -1, -1, -1)
             self.last = mask, rows.flatten(0, 1)  # of a single observation a view, which stays in the cache
         return self.last[1]
 
@@ -57,6 +57,13 @@ def heads_as_one(model: Any, count: int) -> Iterator[None]:
         AttentionInterface.register(NAME, attend)
         AttentionMaskInterface.register(NAME, sdpa_mask)
         config._attn_implementation = NAME
+    with sharing(count):
+        yield
+
+
+@contextlib.contextmanager
+def sharing(count: int) -> Iterator[None]:
+    """Within it, and in this thread only, `attend` takes every `count` rows to be of one observation."""
     token = _masks.set(_Masks(count))
     try:
         yield
@@ -74,14 +81,15 @@ def attend(
     **more: Any,
 ) -> tuple[torch.Tensor, None]:
     """query (N, heads, Q, size), key and value (N, groups, T, size) -> (N, Q, heads, size); an attention function of
-    transformers, and outside `heads_as_one` its own."""
+    transformers, and outside `sharing` its own."""
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
     masks = _masks.get()
     if masks is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **more)
     groups, heads = key.shape[1], query.shape[1]
-    asked = query.reshape(query.shape[0], groups, -1, query.shape[3])
+    by_group = query.unflatten(1, (groups, -1)).transpose(2, 3)  # (N, groups, Q, heads of a group, size)
+    asked = by_group.flatten(2, 3)  # of a single group a view, for so the projection has left it
     mask = None if attention_mask is None else masks.fold(attention_mask, heads // groups, query.dtype)
     found = F.scaled_dot_product_attention(asked, key, value, attn_mask=mask, scale=scaling)
-    return found.view(query.shape).transpose(1, 2).contiguous(), None
+    return found.view(by_group.shape).transpose(1, 2).flatten(2, 3), None

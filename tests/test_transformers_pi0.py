@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from dsrl_vla import load_base
-from dsrl_vla.adapters.pi0_attention import heads_as_one
+from dsrl_vla.adapters.pi0_attention import attend, heads_as_one, sharing
 from dsrl_vla.errors import DsrlError, MissingExtraError, NotSteerableError
 from dsrl_vla.noise import generators
 from dsrl_vla.observation import batch
@@ -47,6 +47,22 @@ def test_noises_behind_prompts_of_different_lengths_equal_separate_calls(tiny_pi
     apart = torch.cat([tiny_pi0.denoise(encoding, noise[:, i : i + 1]) for i in range(3)], 1)
     assert torch.allclose(together, apart, atol=1e-5)
     assert not torch.allclose(together[0], together[1], atol=1e-2)
+
+
+@pytest.mark.parametrize("groups", [1, 2, 8])
+def test_heads_asking_as_one_find_what_transformers_finds(groups):
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    layer, generator = torch.nn.Identity(), torch.Generator().manual_seed(0)
+    layer.num_key_value_groups = 8 // groups
+    draw = lambda *shape: torch.randn(shape, generator=generator)
+    query, key, value = draw(6, 5, 8, 4).transpose(1, 2), draw(6, groups, 9, 4), draw(6, groups, 9, 4)
+    mask = (draw(2, 1, 5, 9) > -0.5).repeat_interleave(3, 0)
+    with sharing(3):
+        ours, _ = attend(layer, query, key, value, mask, scaling=0.5)
+    theirs, _ = sdpa_attention_forward(layer, query, key, value, mask, scaling=0.5)
+    assert torch.allclose(ours, theirs, atol=1e-6)
+    assert torch.equal(attend(layer, query, key, value, mask, scaling=0.5)[0], theirs)
 
 
 def test_the_attention_for_many_noises_is_of_its_thread_alone(tiny_pi0, observation):

@@ -79,17 +79,17 @@ def attend(
     attention_mask: torch.Tensor | None,
     scaling: float | None = None,
     **more: Any,
-) -> tuple[torch.Tensor, None]:
+) -> tuple[torch.Tensor, torch.Tensor | None]:
     """query (N, heads, Q, size), key and value (N, groups, T, size) -> (N, Q, heads, size); an attention function of
     transformers, and outside `sharing` its own."""
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
     masks = _masks.get()
-    if masks is None:
+    if masks is None or attention_mask is None or attention_mask.dtype != torch.bool:
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **more)
     groups, heads = key.shape[1], query.shape[1]
     by_group = query.unflatten(1, (groups, -1)).transpose(2, 3)  # (N, groups, Q, heads of a group, size)
     asked = by_group.flatten(2, 3)  # of a single group a view, for so the projection has left it
-    mask = None if attention_mask is None else masks.fold(attention_mask, heads // groups, query.dtype)
+    mask = masks.fold(attention_mask, heads // groups, query.dtype)
     found = F.scaled_dot_product_attention(asked, key, value, attn_mask=mask, scale=scaling)
     return found.view(by_group.shape).transpose(1, 2).flatten(2, 3), None

@@ -47,7 +47,7 @@ def goal_table(results: dict[str, dict[str, Any]]) -> list[str]:
         for goal in result["goals"]:
             sign, unit = ("≥" if goal["at_least"] else "≤"), goal["unit"].replace("x", "×")
             verdict = "met" if goal["met"] else "**missed**"
-            found = f"{goal['value']:.3g}{unit} | {sign} {goal['goal']:g}{unit} | {verdict}"
+            found = f"{goal['value']:.4g}{unit} | {sign} {goal['goal']:g}{unit} | {verdict}"
             rounds = "computed" if result.get("computed") else result["rounds"]
             rows.append(f"| {goal['what']} | {found} | {rounds} | `{SCRIPTS[name]}` |")
     return rows

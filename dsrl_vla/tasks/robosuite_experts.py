@@ -165,7 +165,7 @@ class ThreadNut:
         return min(turns, key=cost)
 
     def stages(self, operator: Operator) -> Stages:
-        """What an operator does, in order; what was taken hold of is taken to be there until it is let go."""
+        """What an operator does, in order; who has closed the gripper on air carries what is not there."""
         seen = lambda: self.handle() + operator.shift * _X
         across = lambda: _within(self.yaw() + np.pi / 2 - _grip(self.sim), np.pi) * _UP
         yield lambda: Stage(seen() + 0.08 * _UP, _OPEN, within=0.02, turn=across())

@@ -84,9 +84,11 @@ def _cache_name(model: Any) -> str:
 
 def denoise(model: Any, inputs: dict[str, torch.Tensor], cache: Any, noise: torch.Tensor, steps: int) -> torch.Tensor:
     """Integrate the flow from noise (B, K, H, D) to normalised actions (B, K, H, D), all behind one prefix."""
+    from .pi0_cache import spread
+
     batch, count = noise.shape[:2]
     per_noise = suffix_inputs(inputs, count)
-    cache = fan_out(cache, count)
+    cache = spread(cache, count)
     length, name = cache.get_seq_length(), _cache_name(model)
     x = rearrange(noise, "b k h d -> (b k) h d").to(inputs["state"].dtype)
     dt = -1.0 / steps

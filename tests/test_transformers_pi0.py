@@ -7,9 +7,12 @@ import pytest
 import torch
 from dsrl_vla import load_base
 from dsrl_vla.adapters.pi0_attention import attend, heads_as_one, sharing
+from dsrl_vla.adapters.pi0_cache import spread
+from dsrl_vla.adapters.pi0_sampling import fan_out
 from dsrl_vla.errors import DsrlError, MissingExtraError, NotSteerableError
 from dsrl_vla.noise import generators
 from dsrl_vla.observation import batch
+from transformers import DynamicCache
 
 
 def save(base, folder):
@@ -63,6 +66,24 @@ def test_heads_asking_as_one_find_what_transformers_finds(groups):
     theirs, _ = sdpa_attention_forward(layer, query, key, value, mask, scaling=0.5)
     assert torch.allclose(ours, theirs, atol=1e-6)
     assert torch.equal(attend(layer, query, key, value, mask, scaling=0.5)[0], theirs)
+
+
+def test_the_cache_with_room_holds_what_transformers_would_join():
+    rows, groups, length, size = 2, 1, 7, 4
+    prefix = DynamicCache()
+    for layer in range(2):
+        prefix.update(torch.randn(rows, groups, length, size), torch.randn(rows, groups, length, size), layer)
+    before = [layer.keys.clone() for layer in prefix.layers]
+    joined, roomy = fan_out(prefix, 3), spread(prefix, 3)
+    for step in (5, 5, 2):
+        for layer in range(2):
+            new = torch.randn(2, rows * 3, groups, step, size)
+            expected, found = joined.update(*new, layer), roomy.update(*new, layer)
+            assert all(torch.equal(a, b) for a, b in zip(expected, found, strict=True))
+            assert roomy.get_seq_length(layer) == length + step
+        for cache in (joined, roomy):
+            cache.crop(length - cache.get_seq_length())
+    assert all(torch.equal(layer.keys, kept) for layer, kept in zip(prefix.layers, before, strict=True))
 
 
 def test_the_attention_for_many_noises_is_of_its_thread_alone(tiny_pi0, observation):

@@ -20,7 +20,7 @@ _WHERE = {
     "FrozenPolicy": "policy",
     "PolicySpec": "policy",
     "Encoding": "policy",
-    "SteeredPolicy": "policy",
+    "SteeredPolicy": "steered_policy",
     "FailSafe": "failsafe",
     "SteeringHead": "head",
     "HeadConfig": "head",

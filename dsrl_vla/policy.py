@@ -1,4 +1,4 @@
-"""The contract an adapter fulfils, and a policy with a steering head on it.
+"""The contract an adapter fulfils.
 
 A decision is ``encode -> head -> denoise``: one pass over images and prompt, a look at it by the head, and the
 sampler run from the noise the head picked. The base is frozen: nothing here or below changes a weight.
@@ -7,23 +7,19 @@ sampler run from the noise the head picked. The base is frozen: nothing here or 
 from __future__ import annotations
 
 import abc
-import contextlib
 import hashlib
-import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .errors import BaseFailedError, DsrlError, bad
-from .failsafe import FailSafe, Guard
+from .errors import DsrlError, bad
 from .noise import NoiseSpace, generators
 from .observation import Observations, ObservationSpec, unsqueeze
-from .pairing import Fingerprint, check_pair, take_fingerprint
+from .pairing import Fingerprint, take_fingerprint
 
 if TYPE_CHECKING:
-    from .head import SteeringHead
     from .tasks.base import TaskInfo
 
 
@@ -163,145 +159,3 @@ class FrozenPolicy(abc.ABC):
                 raise bad(f"task {task.uri}", f"a camera '{name}'", ", ".join(task.cameras) or "no camera")
             if shape is not None and tuple(task.cameras[name]) != tuple(shape):
                 raise bad(f"task {task.uri}, camera '{name}'", f"{shape}", task.cameras[name])
-
-
-NOT_FINITE = "base: its actions under the head's noise hold NaN or infinity"
-
-
-class SteeredPolicy:
-    """A frozen base with a steering head that cannot make it fail; see `dsrl_vla.failsafe`.
-
-    >>> policy = SteeredPolicy(base, head)
-    >>> chunk = policy.act(observation, seed=0)          # (executed_steps, A)
-    >>> with policy.disabled():
-    ...     same_as_base = policy.act(observation, seed=0)   # bit for bit base.act(observation, seed=0)
-
-    Args:
-        allow_mismatch: names of differences between `base` and the head's own base to put up with; see
-            `dsrl_vla.pairing`.
-        failsafe: when the base decides alone.
-
-    Raises:
-        MismatchError: the head was trained on another base; names every difference.
-    """
-
-    def __init__(
-        self,
-        base: FrozenPolicy,
-        head: SteeringHead,
-        *,
-        allow_mismatch: Sequence[str] = (),
-        failsafe: FailSafe | None = None,
-    ):
-        check_pair(head.config, base, allow_mismatch)
-        self.base, self.head = base, head.eval()
-        self.guard = Guard(self.head, base.spec.noise, failsafe or FailSafe())
-        self.enabled = True
-        self.last_fallback = ""
-        """Why the newest decision was the base's own; empty when it was the head's."""
-
-    def act(self, observation: Mapping[str, Any], *, seed: int = 0, deterministic: bool = True) -> torch.Tensor:
-        """Act on a single observation.
-
-        Args:
-            seed: of the head's sample (when not deterministic) and of the base's own noise.
-
-        Returns:
-            float32 (executed_steps, A), in environment units.
-
-        Raises:
-            DsrlError: the observation is not as the base declares. BaseFailedError: the base itself failed.
-                Nothing that the head does is raised.
-        """
-        return self.act_batch(unsqueeze(observation), [seed], deterministic=deterministic)[0]
-
-    def act_batch(
-        self, observations: Observations, seeds: Sequence[int], *, deterministic: bool = True
-    ) -> torch.Tensor:
-        """Act on a batch of observations, one seed each: float32 (B, executed_steps, A). Raises as `act` does."""
-        with _base_errors(self.base):
-            encoding = self.base.encode(observations)
-        actions = self.decide(observations, encoding, seeds, deterministic=deterministic)
-        return actions[:, 0, : self.base.spec.executed_steps]
-
-    def decide(
-        self, observations: Observations, encoding: Encoding, seeds: Sequence[int], *, deterministic: bool = True
-    ) -> torch.Tensor:
-        """The actions behind an encoding, float32 (B, 1, H, A), finite. Raises as `act` does."""
-        noise, reasons = self.noise(observations, encoding, seeds, deterministic=deterministic)
-        with _base_errors(self.base):
-            actions = self.base.denoise(encoding, noise)
-        if not torch.isfinite(actions).all():
-            actions, reasons = self._without_head(encoding, seeds, reasons)
-        self.last_fallback = next(filter(None, reasons), "")
-        return actions
-
-    def noise(
-        self, observations: Observations, encoding: Encoding, seeds: Sequence[int], *, deterministic: bool = True
-    ) -> tuple[torch.Tensor, list[str]]:
-        """The noise of a batch of decisions, float32 (B, 1, H, D), and why a row is the base's own ("": it is not)."""
-        if not self.enabled:
-            return self.base.spec.noise.sample(generators(list(seeds))), ["disabled"] * len(seeds)
-        return self.guard.noise(observations, encoding, seeds, deterministic)
-
-    def _without_head(
-        self, encoding: Encoding, seeds: Sequence[int], reasons: list[str]
-    ) -> tuple[torch.Tensor, list[str]]:
-        """Once more from the base's own noise, where the head's led to actions that are not finite."""
-        with _base_errors(self.base):
-            actions = self.base.denoise(encoding, self.base.spec.noise.sample(generators(list(seeds))))
-            if not torch.isfinite(actions).all():
-                raise ValueError("its actions hold NaN or infinity")
-        self.guard.recount([not reason for reason in reasons], NOT_FINITE)
-        return actions, [reason or NOT_FINITE for reason in reasons]
-
-    @contextlib.contextmanager
-    def rehearsing(self) -> Iterator[SteeredPolicy]:
-        """Within this context observations may be made up: nothing is foreign, and nothing is counted."""
-        before = self.guard
-        self.guard = Guard(self.head, self.base.spec.noise, FailSafe(max_z=math.inf))
-        try:
-            yield self
-        finally:
-            self.guard = before
-
-    @property
-    def steering(self) -> bool:
-        """Whether the head decides: it is enabled, and not latched off."""
-        return self.enabled and not self.guard.latched
-
-    @property
-    def fallbacks(self) -> dict[str, int]:
-        """Decisions of the base alone while enabled, by kind: exception, non-finite, deadline, foreign, base."""
-        return dict(self.guard.fallbacks)
-
-    def enable(self) -> None:
-        """Let the head decide, also after it was latched off."""
-        self.enabled = True
-        self.guard.reset()
-
-    def disable(self) -> None:
-        """Be the base, bit for bit."""
-        self.enabled = False
-
-    @contextlib.contextmanager
-    def disabled(self) -> Iterator[SteeredPolicy]:
-        """Within this context the policy is its base, bit for bit."""
-        before, self.enabled = self.enabled, False
-        try:
-            yield self
-        finally:
-            self.enabled = before
-
-
-@contextlib.contextmanager
-def _base_errors(base: FrozenPolicy) -> Iterator[None]:
-    """Say whose failure it is; refusals of bad input stay what they are."""
-    try:
-        yield
-    except DsrlError:
-        raise
-    except Exception as error:
-        raise BaseFailedError(
-            f"{base.spec.uri}: expected actions, got a failure of the base itself: {type(error).__name__}: {error}"
-        ) from error

@@ -14,7 +14,8 @@ import torch
 from .head import SteeringHead
 from .noise import NoiseLayout, NoiseSpace, restarted
 from .observation import Observations
-from .policy import Encoding, FrozenPolicy, SteeredPolicy
+from .policy import Encoding, FrozenPolicy
+from .steered_policy import SteeredPolicy
 
 
 class NoiseSource(abc.ABC):

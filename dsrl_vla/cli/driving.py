@@ -30,9 +30,9 @@ def run_drive(argv: list[str]) -> int:
     from ..bases import load_base
     from ..errors import bad
     from ..interrupts import stop_requests
-    from ..policy import SteeredPolicy
     from ..rollout import TaskConfig, VectorTask, run_episodes
     from ..sources import NoiseSource, PriorNoise, SteeredNoise
+    from ..steered_policy import SteeredPolicy
     from ..training import load_run
 
     numbers = seeds.block(args.seed, args.episodes)

@@ -19,7 +19,8 @@ from ..errors import DsrlError, bad
 from ..head import SteeringHead
 from ..noise import generators
 from ..observation import IMAGE_PREFIX, PROMPT, STATE, Observations, ObservationSpec
-from ..policy import NOT_FINITE, Encoding, FrozenPolicy, SteeredPolicy
+from ..policy import Encoding, FrozenPolicy
+from ..steered_policy import NOT_FINITE, SteeredPolicy
 from . import protocol as p
 from .requests import Denoise, Encode, Feature, Infer, Request, Sha256, Status
 

@@ -15,8 +15,9 @@ from dsrl_vla import SteeringHead, load_base
 from dsrl_vla.errors import DsrlError, bad
 from dsrl_vla.noise import generators
 from dsrl_vla.observation import IMAGE_PREFIX, PROMPT, STATE, Observations
-from dsrl_vla.policy import FrozenPolicy, SteeredPolicy
+from dsrl_vla.policy import FrozenPolicy
 from dsrl_vla.sources import NoiseSource, PriorNoise, SteeredNoise
+from dsrl_vla.steered_policy import SteeredPolicy
 from lerobot.configs import PreTrainedConfig
 from lerobot.policies.pretrained import PreTrainedPolicy
 from torch import Tensor

@@ -59,10 +59,14 @@ def test_the_operator_lifts_and_success_ends_the_episode(lift):
 
 
 @needs_robosuite
-@pytest.mark.parametrize("shift", [0.0, 0.045])
-def test_the_operator_threads_the_nut_unless_it_sees_it_elsewhere(shift):
+@pytest.mark.parametrize(
+    ("seed", "shift"),
+    [(0, 0.0), (100_901, 0.0), (100_902, 0.0), (0, 0.045)],
+    ids=["handle-ahead", "handle-left", "handle-right", "mis-calibrated"],
+)
+def test_the_operator_threads_the_nut_unless_it_sees_it_elsewhere(seed, shift):
     env = make_task("robosuite:Square", max_episode_steps=180)
-    env.begin(0)
+    env.begin(seed)
     act, steps, success = env.expert(), 0, False
     while not success and steps < 180:
         success = env.advance(act(shift))[1]

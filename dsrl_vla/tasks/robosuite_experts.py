@@ -73,6 +73,11 @@ def _grip(sim: Any) -> float:
     return float(np.arctan2(y, x))
 
 
+def _upright(sim: Any) -> np.ndarray:
+    """Rotation vector that lets the hand point straight down; turning tilts it."""
+    return np.cross(sim.sim.data.site_xmat[sim.robots[0].eef_site_id["right"]].reshape(3, 3)[:, 2], -_UP)
+
+
 def _within(angle: float, symmetry: float) -> float:
     """The same angle, where turns by `symmetry` change nothing, nearest to zero."""
     return (angle + symmetry / 2) % symmetry - symmetry / 2
@@ -167,12 +172,12 @@ class ThreadNut:
     def stages(self, operator: Operator) -> Stages:
         """What an operator does, in order; who has closed the gripper on air carries what is not there."""
         seen = lambda: self.handle() + operator.shift * _X
-        across = lambda: _within(self.yaw() + np.pi / 2 - _grip(self.sim), np.pi) * _UP
+        across = lambda: _within(self.yaw() + np.pi / 2 - _grip(self.sim), np.pi) * _UP + _upright(self.sim)
         yield lambda: Stage(seen() + 0.08 * _UP, _OPEN, within=0.02, turn=across())
         yield lambda: Stage(seen() - 0.006 * _UP, _OPEN, within=0.009, turn=across())
         held, (nut, peg) = hand(self.sim), self.places()
         away = nut + operator.shift * _X - held
-        yield lambda: Stage(held, _CLOSE, within=1.0, steps=6)
+        yield lambda: Stage(held, _CLOSE, within=1.0, steps=12)
         yield lambda: Stage(held + 0.2 * _UP, _CLOSE, within=0.03)
 
         def over(height: float) -> Stage:

@@ -20,6 +20,7 @@ import torch
 from dsrl_vla.errors import NotSteerableError, bad, missing_extra
 from dsrl_vla.noise import NoiseSpace
 from dsrl_vla.observation import STATE, Observations, ObservationSpec
+from dsrl_vla.plain import from_plain, read_object
 from dsrl_vla.policy import Encoding, FrozenPolicy, PolicySpec
 from torch import nn
 
@@ -191,10 +192,10 @@ def load(source: str, *, dtype: str = "float32", device: str = "cpu", uri: str =
         raise bad("base 'diffusion:'", f"a folder with a config.json, or one of {known}", f"'{source}'")
     if dtype != "float32" or device != "cpu":
         raise bad("base", "float32 on the cpu for 'diffusion:'", f"{dtype} on {device}")
-    raw = json.loads((folder / "config.json").read_text())
+    raw = read_object(folder / "config.json")
     refuse_unsteerable(source, raw)
     scheduler = _load_scheduler(source, folder / _SCHEDULER / "scheduler_config.json")
-    model = DiffusionMLPModel(DiffusionMLPConfig(**raw))
+    model = DiffusionMLPModel(from_plain(DiffusionMLPConfig, raw, "", "key of config.json"))
     model.load_state_dict(load_file(folder / "model.safetensors"))
     return DiffusionMLP(model, scheduler, uri or f"diffusion:{source}")
 
@@ -203,7 +204,7 @@ def _load_scheduler(source: str, path: Path) -> Any:
     """The scheduler whose config lies at `path`, unless it is not DDIM."""
     if not path.exists():
         raise bad(f"base 'diffusion:{source}'", "a scheduler/scheduler_config.json, as diffusers writes it", "none")
-    raw = json.loads(path.read_text())
+    raw = read_object(path)
     kind = str(raw.get("_class_name", ""))
     refuse_unsteerable(source, {"scheduler": kind})
     if kind != "DDIMScheduler":

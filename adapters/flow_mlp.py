@@ -17,6 +17,7 @@ import torch
 from dsrl_vla.errors import bad
 from dsrl_vla.noise import NoiseSpace
 from dsrl_vla.observation import STATE, Observations, ObservationSpec
+from dsrl_vla.plain import from_plain, read_object
 from dsrl_vla.policy import Encoding, FrozenPolicy, PolicySpec
 from torch import nn
 
@@ -135,9 +136,9 @@ def load(source: str, *, dtype: str = "float32", device: str = "cpu", uri: str =
         raise bad("base 'flow-mlp:'", "a folder with config.json and model.safetensors", f"'{source}'")
     if dtype != "float32" or device != "cpu":
         raise bad("base", "float32 on the cpu for 'flow-mlp:'", f"{dtype} on {device}")
-    raw = json.loads((folder / "config.json").read_text())
+    raw = read_object(folder / "config.json")
     refuse_unsteerable(source, raw)
-    model = FlowMLPModel(FlowMLPConfig(**raw))
+    model = FlowMLPModel(from_plain(FlowMLPConfig, raw, "", "key of config.json"))
     model.load_state_dict(load_file(folder / "model.safetensors"))
     return FlowMLP(model, uri or f"flow-mlp:{source}")
 

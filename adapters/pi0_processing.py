@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from dsrl_vla.errors import bad
 from dsrl_vla.observation import IMAGE_PREFIX, PROMPT, STATE, Observations
+from dsrl_vla.plain import read_object
 
 FILE = "processor_config.json"
 
@@ -52,7 +53,7 @@ class Pi0Statistics:
     def load(cls, folder: Path, overrides: dict[str, Any] | None = None) -> Pi0Statistics:
         """Read ``processor_config.json``; refuse one that lacks what steering needs."""
         path = folder / FILE
-        raw: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+        raw: dict[str, Any] = read_object(path) if path.exists() else {}
         image = raw.pop("image_processor", {})
         size = image.pop("size", None)
         if isinstance(size, dict):

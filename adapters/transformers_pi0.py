@@ -7,7 +7,6 @@ repository's code.
 from __future__ import annotations
 
 import contextlib
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ import torch
 from dsrl_vla.errors import bad, missing_extra
 from dsrl_vla.noise import NoiseSpace
 from dsrl_vla.observation import Observations, ObservationSpec
+from dsrl_vla.plain import read_object
 from dsrl_vla.policy import Encoding, FrozenPolicy, PolicySpec
 
 from . import pi0_sampling
@@ -190,4 +190,4 @@ def _read_config(folder: Path, source: str) -> dict[str, Any]:
     path = folder / "config.json"
     if not path.exists():
         raise bad(f"base '{source}'", "a config.json", "none in that folder")
-    return json.loads(path.read_text())
+    return read_object(path)

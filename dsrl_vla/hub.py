@@ -6,7 +6,6 @@ huggingface_hub's `PyTorchModelHubMixin` is not used: it falls back to a pickle,
 
 from __future__ import annotations
 
-import json
 import shutil
 import tempfile
 from collections.abc import Collection
@@ -20,6 +19,7 @@ from .errors import DsrlError, bad, unknown
 from .head_config import HeadConfig
 from .manifest import write_manifest
 from .pairing import check_pair
+from .plain import read_object
 from .run_dir import TENSORS, checkpoints, disk_errors
 
 if TYPE_CHECKING:
@@ -251,18 +251,8 @@ def inspect(source: str, revision: str | None = None, **options: Any) -> dict[st
         }
         found["fingerprint"] = {name: value or "unknown" for name, value in parts.items()}
     if (folder / EVAL).is_file():
-        result = _evaluation(folder / EVAL)
+        result = read_object(folder / EVAL, EVAL)
         found["evaluation"] = {
             k: result.get(k) for k in ("task", "episodes", "seeds", "base", "steered", "difference")
         }
-    return found
-
-
-def _evaluation(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_text())
-    except (ValueError, RecursionError) as error:
-        raise bad(path.name, "JSON", f"{type(error).__name__}: {error}"[:200]) from error
-    if not isinstance(found, dict):
-        raise bad(path.name, "a JSON object", type(found).__name__)
     return found

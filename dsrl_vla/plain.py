@@ -1,13 +1,30 @@
-"""Plain data (YAML, JSON) to frozen dataclasses, strictly: no unknown key, no value of another type."""
+"""Plain data (YAML, JSON), read and turned into frozen dataclasses strictly: no unknown key, no other type."""
 
 from __future__ import annotations
 
+import json
 import typing
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 from .errors import bad, unknown
+
+
+def read_object(path: Path, named: str = "") -> dict[str, Any]:
+    """The JSON object in a file.
+
+    Raises:
+        DsrlError: it holds anything else; says so of `named`, or of the path.
+    """
+    try:
+        found = json.loads(path.read_text())
+    except (ValueError, RecursionError) as error:
+        raise bad(named or f"{path}", "JSON", f"{type(error).__name__}: {error}"[:200]) from error
+    if not isinstance(found, dict):
+        raise bad(named or f"{path}", "a JSON object", type(found).__name__)
+    return found
 
 
 def from_plain(cls: type, tree: Any, where: str, kind: str = "recipe key") -> Any:

@@ -3,7 +3,7 @@
 import pytest
 import tiny_lerobot
 import torch
-from dsrl_vla import SteeredPolicy, SteeringHead, probe
+from dsrl_vla import SteeredPolicy, SteeringHead, load_base, probe
 from dsrl_vla.errors import DsrlError
 from dsrl_vla.head import HeadConfig
 from dsrl_vla.networks import NetworkConfig
@@ -132,3 +132,13 @@ def test_the_same_seed_gives_the_same_action(base, observation):
     seen = observation(base)
     assert torch.equal(base.act(seen, seed=1), base.act(seen, seed=1))
     assert not torch.equal(base.act(seen, seed=1), base.act(seen, seed=2))
+
+
+@pytest.mark.parametrize(("text", "found"), [("[]", "a JSON object, got list"), ("{", "JSON, got JSONDecodeError")])
+@pytest.mark.parametrize("adapter", ["nano", "transformers", "lerobot", "diffusion", "flow-mlp"])
+def test_a_config_that_is_none_is_named(adapter, text, found, tmp_path):
+    if adapter == "lerobot":
+        pytest.importorskip("lerobot")
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(DsrlError, match=f"config.json: expected {found}"):
+        load_base(f"{adapter}:{tmp_path}")

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import contextlib
 import io
-import json
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from dsrl_vla.errors import DsrlError, MissingExtraError, NotSteerableError, bad
+from dsrl_vla.plain import read_object
 
 from ..refusals import refuse_unsteerable
 from ..transformers_pi0 import DTYPES, resolve
@@ -187,4 +187,4 @@ def _quiet() -> Iterator[None]:
 def _read_json(path: Path, source: str, what: str) -> dict[str, Any]:
     if not path.exists():
         raise bad(f"base '{source}'", f"{what}, with a {path.name}", "none in that folder")
-    return json.loads(path.read_text())
+    return read_object(path)

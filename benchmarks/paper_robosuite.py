@@ -1,12 +1,13 @@
-"""After Figures 4 and 5 of arXiv 2506.15799: steering a frozen diffusion policy on robosuite's Lift and Can.
+"""After Figures 4 and 5 of arXiv 2506.15799: steering a frozen diffusion policy on robosuite's Lift, Can and Square.
 
-    python benchmarks/paper_robosuite.py [--tasks lift can] [--variants sac na …] [--seeds 0 1 2]
+    python benchmarks/paper_robosuite.py [--tasks lift can square] [--variants sac na …] [--seeds 0 1 2]
 
 Not the paper's setting: the base is a clone of a scripted operator (`make_robosuite_bases.py`), not of Robomimic's
 people. `sac`, `na` and `na-exact` are the shipped recipe robosuite-<task> by each algorithm; `offline-to-online`
-starts `na` from 50 recorded episodes of the base, its noise drawn once per episode. Every run ends early when two
-validations in a row are good enough; the head that is best by validation plays 100 held-out episodes, the same as
-base and controls. Runs that benchmarks/results/paper_robosuite.json holds are not repeated; it grows run by run.
+starts `na` from 50 recorded episodes of the base, its noise drawn once per episode, and has 12,000 steps. Every run
+ends early when two validations in a row are good enough; the head that is best by validation plays 100 held-out
+episodes, the same as base and controls. Runs that benchmarks/results/paper_robosuite.json holds are not repeated; it
+grows run by run.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "offline-to-online": {
         "algorithm": "na",
         "offline": {"updates": 2000, "stride": 2},
-        "train": {"learning_starts": 1},
+        "train": {"learning_starts": 1, "env_steps": 12000},
     },
 }
 OWN = ("steered", "steered_stochastic", "difference", "env_steps", "updates", "train_seconds")
@@ -43,7 +44,7 @@ OWN = ("steered", "steered_stochastic", "difference", "env_steps", "updates", "t
 class Args:
     """What to run."""
 
-    tasks: tuple[str, ...] = ("lift", "can")
+    tasks: tuple[str, ...] = ("lift", "can", "square")
     variants: tuple[str, ...] = tuple(VARIANTS)
     seeds: tuple[int, ...] = (0, 1, 2)
     out: Path = field(default=Path(__file__).parent / "results" / "paper_robosuite.json")

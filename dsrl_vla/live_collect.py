@@ -217,18 +217,20 @@ class EpisodeCollector(Collector):
         reward = self.sac.chunk_reward(record.decisions["rewards"].numpy(), steps)
         windows = NStepWindows(self.sac.n_step, 1, self.replay.add)
         own: list[Decision] = []
+        timed_out = not record.terminated and not record.ending
+        terminated = record.terminated or (timed_out and self.sac.timeouts == "terminal")
         for i in range(len(record)):
             if i and human[i] != human[i - 1]:
                 windows.truncated(0, int(numbers[i]))
             else:
                 windows.observed(np.array([0]), numbers[i : i + 1])
-            over = record.terminated and i == len(record) - 1
+            over = terminated and i == len(record) - 1
             discount = 0.0 if over else float(self.sac.chunk_discount(steps[i]))
             decision = Decision(int(numbers[i]), record.decisions["latent"][i], float(reward[i]), discount)
             if not human[i] or self.keeper.learns_from_actions:
                 windows.push(0, decision)
             own += [] if human[i] else [decision]
-        windows.terminated(0) if record.terminated else windows.truncated(0, int(numbers[-1]))
+        windows.terminated(0) if terminated else windows.truncated(0, int(numbers[-1]))
         self._count(record, own if not human.any() else [])
 
     def _count(self, record: EpisodeRecord, own: list[Decision]) -> None:

@@ -134,7 +134,7 @@ class OfflineLoader:
         replay.attach(numbers, extras)
         windows = NStepWindows(self.sac.n_step, 1, replay.add)
         blank = torch.zeros(self.head.layout.latent_shape)
-        over = bool(episode["terminated"])
+        over = bool(episode["terminated"]) or self.sac.timeouts == "terminal"
         for i in range(len(starts)):
             windows.observed(np.array([0]), numbers[i : i + 1])
             last = i == len(starts) - 1

@@ -37,10 +37,10 @@ def head(fork_base):
     return SteeringHead(HeadConfig.for_base(fork_base.spec, layout, NetworkConfig(width=16, layers=1)))
 
 
-def filled(fork_base, head, episodes, keeper=None, n_step=1, **config):
+def filled(fork_base, head, episodes, keeper=None, n_step=1, timeouts="bootstrap", **config):
     replay = Replay(2000, head.layout.latent_shape)
     keeper = keeper or BankKeeper(BankConfig(3))
-    sac = SACConfig(gamma=GAMMA, n_step=n_step)
+    sac = SACConfig(gamma=GAMMA, n_step=n_step, timeouts=timeouts)
     OfflineLoader(fork_base, head, keeper, sac, OfflineConfig(**config)).fill(replay, episodes)
     return replay
 
@@ -104,6 +104,13 @@ def test_rewards_discounts_and_ends(fork_base, head, episodes):
     steps = len(won["action"]) - (only.added - 1) * k
     assert only.reward[only.added - 1] == pytest.approx(GAMMA ** (steps - 1))
     assert only.reward[: only.added - 1].abs().max() == 0
+
+
+def test_an_episode_that_was_cut_has_failed_where_timeouts_are_terminal(fork_base, head, episodes):
+    k, cut = fork_base.spec.executed_steps, [e for e in episodes if not e["terminated"]]
+    replay = filled(fork_base, head, cut, timeouts="terminal")
+    assert replay.added == sum(-(-len(e["action"]) // k) for e in cut)
+    assert int((replay.discount[: replay.added] == 0).sum()) == len(cut)
 
 
 def test_a_smaller_stride_makes_more_of_the_same_data(fork_base, head, episodes):

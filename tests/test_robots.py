@@ -397,7 +397,7 @@ def test_a_missing_file_is_named(tmp_path):
         read_robot_file(tmp_path / "half.yaml")
 
 
-def collector(base, tmp_path, script, algorithm="na", n_step=2, limit=12, **more):
+def collector(base, tmp_path, script, algorithm="na", n_step=2, limit=12, timeouts="bootstrap", **more):
     """An episode collector on a scripted robot."""
     from dsrl_vla.critic import CriticConfig
     from dsrl_vla.head import HeadConfig, SteeringHead
@@ -414,7 +414,7 @@ def collector(base, tmp_path, script, algorithm="na", n_step=2, limit=12, **more
     torch.manual_seed(0)
     small = NetworkConfig(width=16, layers=1)
     head = SteeringHead(HeadConfig.for_base(base.spec, NoiseLayout(base.spec.noise, "repeat", 1.5, "live"), small))
-    sac = SACConfig(n_step=n_step, gamma=0.9, reward_offset=0.0)
+    sac = SACConfig(n_step=n_step, gamma=0.9, reward_offset=0.0, timeouts=timeouts)
     learner = build_learner(algorithm, base, head, CriticConfig(network=small), sac, NAConfig(), (-10, 0), 0)
     path = write_file(tmp_path, script, **more)
     task = VectorTask(TaskConfig(f"robot:{path}", limit, num_envs=1), base.spec.executed_steps)
@@ -449,6 +449,15 @@ def test_sac_learns_from_the_policys_part_alone(fork_base, tmp_path):
         made.step(warm_up=True)
     assert replay.index[: len(replay)].tolist() == [[0, 2], [1, 2]]
     assert made.human_steps == 7 and made.journal.numbers() == [0]
+
+
+def test_where_timeouts_are_terminal_the_time_limit_is_one_and_the_operators_cut_is_not(fork_base, tmp_path):
+    made, replay = collector(fork_base, tmp_path, [(1, 8, "cut")], n_step=1, timeouts="terminal")
+    with made.task:
+        made.step(warm_up=True)
+        assert (replay.discount[: len(replay)] > 0).tolist() == [True, True, False]
+        made.step(warm_up=True)
+    assert made.journal.read(1).ending == "cut" and (replay.discount[3 : len(replay)] > 0).all()
 
 
 def test_void_episodes_do_not_count(fork_base, tmp_path):

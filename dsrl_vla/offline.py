@@ -78,6 +78,8 @@ def check_episode(episode: OfflineEpisode, number: int, base: FrozenPolicy) -> i
     shape = np.shape(episode["action"])
     if length == 0 or len(shape) != 2 or shape[1] != spec.action_dim:
         raise bad(f"offline episode {number}: action", f"shape (T, {spec.action_dim}) with T > 0", shape)
+    if np.shape(episode["reward"]) != (length,):
+        raise bad(f"offline episode {number}: reward", f"shape ({length},)", np.shape(episode["reward"]))
     for key in ("action", "reward"):
         if not np.isfinite(episode[key]).all():
             raise bad(f"offline episode {number}: {key}", "finite numbers", "NaN or infinity")

@@ -36,7 +36,9 @@ from .offline_robomimic import read_robomimic
 _SHIPPED = {"sparse_success": sparse_success, "demonstrations": demonstrations}
 _SCALARS = ("reward", "success", "human", "decision", "next.terminated")
 OBS_IMAGE = "observation.image"  # LeRobot's name of an only camera
-_NAMES = {"next.reward": "reward", "next.success": "success", "next.done": "terminated"}  # LeRobot's columns
+_NAMES = {"next.reward": "reward", "next.success": "success"}  # LeRobot's columns
+_ENDS = ("terminated", "next.terminated", "success", "next.done")
+"""What tells whether an episode terminated, best first: `next.done` does not tell a success from a cut."""
 
 
 def read_episodes(config: OfflineConfig) -> Iterator[OfflineEpisode]:
@@ -97,6 +99,9 @@ def split(columns: dict[str, np.ndarray], name: str) -> Iterator[OfflineEpisode]
     for first, last in zip([0, *edges], [*edges, len(index)], strict=True):
         episode: OfflineEpisode = {k: v[first:last] for k, v in columns.items() if np.ndim(v)}
         episode |= {k: v[()] for k, v in columns.items() if not np.ndim(v)}
+        for name in {*_SCALARS, "terminated"} & set(episode):
+            if np.shape(episode[name])[1:] == (1,):
+                episode[name] = episode[name][:, 0]
         if np.ndim(episode.get(PROMPT, "")):
             episode[PROMPT] = episode[PROMPT][0]
         if "terminated" in episode:
@@ -124,7 +129,8 @@ def write_npz(path: Path, episodes: Iterable[OfflineEpisode]) -> None:
 def read_dataset(folder: Path) -> Iterator[OfflineEpisode]:
     """Episodes of a Hugging Face dataset on disk, or of a LeRobotDataset (``meta/info.json``).
 
-    Columns as in the npz format, or under LeRobot's names (``next.reward``, ``next.success``, ``next.done``).
+    Columns as in the npz format, or under LeRobot's names (``next.reward``, ``next.success``, ``next.done``). Where
+    several tell how an episode ended, the first of `_ENDS` does.
 
     Raises:
         MissingExtraError: `datasets`, or for a LeRobotDataset `lerobot`, is not installed.
@@ -137,7 +143,13 @@ def read_dataset(folder: Path) -> Iterator[OfflineEpisode]:
     except ImportError as error:
         raise missing_extra("datasets", "datasets", f"reading '{folder}'") from error
     table = datasets.load_from_disk(str(folder)).with_format("numpy")
-    yield from split({_NAMES.get(name, name): _column(table, name) for name in table.column_names}, str(folder))
+    columns = {_NAMES.get(name, name): _column(table, name) for name in table.column_names}
+    ends = [name for name in _ENDS if name in columns]
+    if ends:
+        columns["terminated"] = columns[ends[0]]
+    for name in set(ends) - {"terminated", "success"}:
+        del columns[name]
+    yield from split(columns, str(folder))
 
 
 def _column(table: Any, name: str) -> np.ndarray:

@@ -64,19 +64,25 @@ def test_what_is_written_as_npz_is_read_back(episodes, tmp_path):
         assert all(np.array_equal(a[k], b[k]) for k in a if np.ndim(a[k]))
 
 
-def test_a_datasets_folder_reads_like_the_npz(episodes, tmp_path):
+@pytest.mark.parametrize("ends", ["next.terminated", "next.success alone"])
+def test_a_datasets_folder_reads_like_the_npz(episodes, tmp_path, ends):
+    """`next.done` is true at the end of every episode there."""
     datasets = pytest.importorskip("datasets")
     write_npz(tmp_path / "data.npz", episodes)
     with np.load(tmp_path / "data.npz") as archive:
         columns = {k: archive[k] for k in archive.files}
-    names = {"reward": "next.reward", "success": "next.success", "terminated": "next.done"}
+    columns["next.done"] = np.append(np.diff(columns["episode_index"]) > 0, True)
+    columns["reward"] = columns["reward"][:, None]
+    if ends != "next.terminated":
+        del columns["terminated"]
+    names = {"reward": "next.reward", "success": "next.success", "terminated": "next.terminated"}
     table = datasets.Dataset.from_dict({names.get(k, k): v.tolist() for k, v in columns.items()})
     table.save_to_disk(str(tmp_path / "table"))
     one = list(read_episodes(OfflineConfig(str(tmp_path / "data.npz"), episodes=5)))
     two = list(read_episodes(OfflineConfig(str(tmp_path / "table"), episodes=5)))
     assert len(one) == len(two) == 5
     for a, b in zip(one, two, strict=True):
-        assert a["terminated"] == b["terminated"] and a["task"] == b["task"]
+        assert a["terminated"] == b["terminated"] and a["task"] == b["task"] and a["reward"].shape == b["reward"].shape
         assert all(np.allclose(a[k], b[k]) for k in ("observation.state", "action", "reward", "success"))
 
 
@@ -179,6 +185,12 @@ def test_malformed_episodes_are_named(fork_base, head, episodes, change, message
         if value is None:
             del broken[key]
     with pytest.raises(DsrlError, match=message):
+        filled(fork_base, head, [broken])
+
+
+def test_a_reward_per_step_is_one_number(fork_base, head, episodes):
+    broken = episodes[0] | {"reward": np.zeros((len(episodes[0]["action"]), 2))}
+    with pytest.raises(DsrlError, match=r"offline episode 0: reward: expected shape \(\d+,\), got \(\d+, 2\)"):
         filled(fork_base, head, [broken])
 
 

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import tyro
-from kept_runs import holds, merged, read, recorded, settings
+from kept_runs import finished, holds, merged, read, recorded, settings
 from steer_metaworld import RUNS as BASE_RUNS
 from steer_metaworld import base_measures, learning_curve, recipe_for
 
@@ -147,7 +147,7 @@ def run_job(job: tuple[str, str, int]) -> None:
     task, variant, seed = job
     torch.set_num_threads(1)
     out = run_dir(task, variant, seed)
-    if (out / "eval.json").exists():
+    if finished(out, variant_recipe(task, variant, seed)):
         return
     if variant == "ticket":
         run_ticket(task, seed, out)
@@ -198,7 +198,7 @@ def collect(args: Args) -> dict[str, Any]:
         fresh = []
         for seed in args.seeds:
             out = run_dir(task, variant, seed)
-            if not (out / "eval.json").exists():
+            if not finished(out, variant_recipe(task, variant, seed)):
                 continue
             result = json.loads((out / "eval.json").read_text())
             run = {"settings": wanted(task, variant, seed)} | {key: result[key] for key in OWN if key in result}

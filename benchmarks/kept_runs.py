@@ -1,7 +1,8 @@
 """Results that grow run by run: what a committed JSON already holds is not run again.
 
 A run is known by its task, variant, training seed and *settings*: what its recipe sets away from the defaults. When a
-recipe changes, the runs of the old one no longer count, and are dropped when the file is next written.
+recipe changes, the runs of the old one no longer count, and are dropped when the file is next written; so are all of a
+task's when its base has changed under the same name.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typing import Any
 from dsrl_vla import seeds as ranges
 from dsrl_vla.cli import main as command
 from dsrl_vla.evaluation import Measure, measure, measure_base, paired_difference
-from dsrl_vla.recipe import Recipe, flat
+from dsrl_vla.recipe import Recipe, flat, load_recipe
 from dsrl_vla.rollout import Episode, VectorTask
 from dsrl_vla.sources import NoiseSource
 
@@ -70,7 +71,9 @@ def grow(
         fresh, beside = run(task, variant, seed)
         fresh = {"settings": settings, "train_seed": seed} | fresh
         found = read(out)  # another process may have written meanwhile
-        variants = found.get(task, {}).get("variants", {})
+        held = found.get(task, {})
+        same_base = held.get("base_sha256") in (None, beside.get("base_sha256"))
+        variants = held.get("variants", {}) if same_base else {}
         variants[variant] = merged(variants.get(variant, []), [fresh], settings)
         out.write_text(json.dumps(found | {task: beside | {"variants": variants}}, indent=1) + "\n")
         print(task, variant, seed, fresh["steered"], flush=True)
@@ -85,16 +88,36 @@ def evaluated(recipe: Recipe, source: NoiseSource, known: dict[str, Measure]) ->
     return {"steered": steered.to_json(), "difference": paired_difference(known["base"], steered)}, steered
 
 
+def finished(out: Path, recipe: Recipe) -> bool:
+    """Whether `out` holds this recipe's run, measured.
+
+    Raises:
+        SystemExit: it holds another recipe's.
+    """
+    started = out / "recipe.yaml"
+    if started.exists() and settings(load_recipe(started)) != settings(recipe):
+        raise SystemExit(f"{out}: expected a run of the recipe as it is now, got one of another. Move it away.")
+    return (out / "eval.json").exists()
+
+
 def base_measures(path: Path, recipe: Recipe) -> dict[str, Measure]:
-    """Base and controls on the evaluation seeds, measured once and kept at `path` for all training seeds."""
-    if not path.exists():
-        base = recipe.base.load()
+    """Base and controls on the evaluation seeds, measured once and kept at `path` for all training seeds.
+
+    They are measured again when base, task, layout or number of episodes are no longer what they were.
+    """
+    base = recipe.base.load()
+    decisive = ("base.", "task.", "noise.", "eval.episodes")
+    of = {key: value for key, value in settings(recipe).items() if key.startswith(decisive)} | {
+        "sha256": base.sha256()
+    }
+    kept = read(path)
+    if kept.get("of") != of:
         episodes = ranges.block(ranges.EVALUATION, recipe.eval.episodes)
         with VectorTask(recipe.task, base.spec.executed_steps) as task:
             found = measure_base(base, task, recipe.noise.over(base.spec.noise), episodes, controls=True)
-        path.write_text(json.dumps({name: [asdict(e) for e in m.episodes] for name, m in found.items()}))
-    raw = json.loads(path.read_text())
-    return {name: Measure(tuple(Episode(**e) for e in episodes)) for name, episodes in raw.items()}
+        kept = {"of": of, "measures": {name: [asdict(e) for e in m.episodes] for name, m in found.items()}}
+        path.write_text(json.dumps(kept))
+    return {name: Measure(tuple(Episode(**e) for e in m)) for name, m in kept["measures"].items()}
 
 
 def recorded(recipe: str, noise: str, episodes: int, out: Path) -> None:

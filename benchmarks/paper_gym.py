@@ -5,9 +5,10 @@
 Both sides steer the same base on the same training budget, 200,000 environment steps, with one update per decision on
 one thread. `ours` is the shipped recipe gym-<task>; `sac` is that recipe by DSRL-SAC, where it ships with DSRL-NA.
 `sb3` is Stable-Baselines3's SAC, unchanged, whose environment is `dsrl_vla.NoiseEnv`, with the settings of the paper's
-own runs where SAC has them. Every 20,000 steps the deterministic head plays 10 validation episodes; the best by
-validation plays the held-out evaluation episodes, the same for all and for base and controls. Runs that
-benchmarks/results/paper_gym.json holds are not repeated; it grows run by run.
+Hopper run where SAC has them; on the other two tasks the paper's networks are wider, and so are neither side's here.
+Every 20,000 steps the deterministic head plays 10 validation episodes; the best by validation plays the held-out
+evaluation episodes, the same for all and for base and controls. Runs that benchmarks/results/paper_gym.json holds are
+not repeated; it grows run by run.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from dsrl_vla.rollout import VectorTask
 from dsrl_vla.run_dir import Metrics
 from dsrl_vla.sources import HeadNoise, NoiseSource
 from dsrl_vla.tasks import make_task
-from kept_runs import base_measures, evaluated, grow, settings
+from kept_runs import base_measures, evaluated, finished, grow, settings
 
 TASKS = ("hopper", "walker2d", "halfcheetah")
 RUNS = Path("runs/paper-gym")
@@ -50,8 +51,8 @@ SB3 = {
     "target_entropy": 0.0,
     "policy_kwargs": {"net_arch": [128, 128, 128]},
 }
-"""The paper's (facts of its code: three hidden layers of tanh, gamma per chunk, target entropy 0), one update per
-decision. One environment: `NoiseEnv` is one."""
+"""The paper's for Hopper (facts of its code: three hidden layers of tanh, gamma per chunk, target entropy 0), one
+update per decision. One environment: `NoiseEnv` is one."""
 Curve = list[list[float]]
 """[environment steps, seconds, mean return of the validation episodes]; the seconds are wall time, validation before
 the point included."""
@@ -155,6 +156,7 @@ def run(task: str, variant: str, seed: int, args: Args) -> tuple[dict[str, Any],
     recipe = recipe_for(task, variant, seed, args)
     out = RUNS / f"{task}-{variant}-{seed}"
     known = base_measures(RUNS / f"{task}-base.json", recipe)
+    finished(out, recipe)
     clock, resumed = time.process_time(), (out / "recipe.yaml").exists()
     found, source = RUN[variant](recipe, out)
     if not resumed:

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 import tyro
 from dsrl_vla.recipe import Recipe, load_recipe
-from kept_runs import base_measures, evaluated, grow, recorded, settings
+from kept_runs import base_measures, evaluated, finished, grow, recorded, settings
 from paper_gym import run_ours
 
 RUNS, RECORDED = Path("runs/paper-offline"), 50
@@ -62,6 +62,7 @@ def run(task: str, variant: str, seed: int) -> tuple[dict[str, Any], dict[str, A
     recipe, out = recipe_for(task, variant, seed), RUNS / f"{task}-{variant}-{seed}"
     recorded(f"gym-{task}", "held", RECORDED, data(task))
     known = base_measures(RUNS / f"{task}-base.json", recipe)
+    finished(out, recipe)
     found, source = run_ours(recipe, out)
     facts, _ = evaluated(recipe, source, known)
     with np.load(data(task), allow_pickle=False) as kept:

@@ -22,7 +22,7 @@ import torch
 import tyro
 from dsrl_vla.recipe import Recipe, load_recipe
 from dsrl_vla.training import train
-from kept_runs import base_measures, grow, recorded, settings
+from kept_runs import base_measures, finished, grow, recorded, settings
 from steer_metaworld import learning_curve
 
 RUNS = Path("runs/paper-robosuite")
@@ -65,11 +65,12 @@ def run(task: str, variant: str, seed: int) -> tuple[dict[str, Any], dict[str, A
     if recipe.offline.source:
         recorded(f"robosuite-{task}", "held", RECORDED, Path(recipe.offline.source))
     known = base_measures(RUNS / f"{task}-base.json", recipe)
-    if not (out / "eval.json").exists():
+    if not finished(out, recipe):
         train(recipe, out, resume=(out / "recipe.yaml").exists(), known=known)
     result = json.loads((out / "eval.json").read_text())
     fresh = {key: result[key] for key in OWN} | learning_curve(out)
-    return fresh, {key: result[key] for key in ("task", "episodes", "base", "controls")}
+    beside = {key: result[key] for key in ("task", "episodes", "base", "controls")}
+    return fresh, beside | {"base_sha256": result["base_sha256_after"]}
 
 
 def main() -> int:

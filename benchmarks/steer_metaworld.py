@@ -18,7 +18,7 @@ from typing import Any
 
 import kept_runs
 import tyro
-from kept_runs import holds, merged, read, settings
+from kept_runs import finished, holds, merged, read, settings
 
 ROOT = Path(__file__).parent
 RUNS = Path("runs/benchmark")
@@ -70,7 +70,7 @@ def run_task(job: tuple[str, str, int]) -> None:
     out = RUNS / f"{task}-{kind}-{seed}"
     if kind == "base":
         base_measures(task)
-    elif not (out / "eval.json").exists():
+    elif not finished(out, recipe_for(task, kind, seed)):
         train(recipe_for(task, kind, seed), out, resume=(out / "recipe.yaml").exists(), known=base_measures(task))
     print("done", task, kind, seed, flush=True)
 
@@ -119,7 +119,7 @@ def collect(args: Args) -> dict[str, Any]:
         fresh = []
         for seed in args.seeds:
             out, recipe = RUNS / f"{task}-{kind}-{seed}", recipe_for(task, kind, seed)
-            if not (out / "eval.json").exists():
+            if not finished(out, recipe):
                 continue
             result = json.loads((out / "eval.json").read_text())
             own = {key: result[key] for key in OWN}

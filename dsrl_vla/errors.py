@@ -43,6 +43,13 @@ def bad(field: str, expected: str, got: object, fix: str = "") -> DsrlError:
     return DsrlError(f"{field}: expected {expected}, got {got}." + (f" {fix}" if fix else ""))
 
 
+def at_least(least: float, config: object, where: str, *names: str) -> None:
+    """Refuse a config of the section `where` that has less than `least` in one of these fields."""
+    for name in names:
+        if getattr(config, name) < least:
+            raise bad(f"{where}.{name}", f"{least} or more", getattr(config, name))
+
+
 def unknown(kind: str, name: str, known: Iterable[str]) -> UnknownNameError:
     """Build the message for a name that does not exist, with the nearest one that does."""
     known = sorted(known)

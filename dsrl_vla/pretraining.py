@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from . import seeds as seed_ranges
 from .entry_points import load
-from .errors import bad
+from .errors import at_least, bad
 from .evaluation import measure
 from .nano.clone import CloneConfig
 from .nano.demos import DemoConfig, Demos, collect
@@ -46,24 +46,31 @@ class PretrainRecipe:
     """Episodes per task and condition of the measurement that goes on the card."""
     threads: int = 1
 
+    def __post_init__(self) -> None:
+        at_least(1, self, "recipe", "episodes", "threads")
+
 
 def load_pretrain_recipe(source: str | Path) -> PretrainRecipe:
     """Read a pretraining recipe: a shipped name or a YAML file.
 
     Raises:
-        DsrlError: no such recipe, an unknown key, a value of the wrong type.
+        DsrlError: no such recipe, no YAML, an unknown key, a value of the wrong type or out of range.
     """
     path = shipped().get(str(source), Path(source))
     if not path.is_file():
         raise bad("recipe", "a YAML file or the name of a shipped pretraining recipe", f"'{source}'")
-    return from_plain(PretrainRecipe, yaml.safe_load(path.read_text()) or {}, "")
+    try:
+        tree = yaml.safe_load(path.read_text()) or {}
+    except yaml.YAMLError as error:
+        raise bad(f"recipe '{source}'", "YAML", " ".join(str(error).split())) from error
+    return from_plain(PretrainRecipe, tree, "")
 
 
 def pretrain(recipe: PretrainRecipe, out: Path) -> FrozenPolicy:
     """Clone a nano base and measure it; leave a Hub-format folder at `out`.
 
     Raises:
-        DsrlError: `out` already holds a base, or an unknown task or architecture.
+        DsrlError: `out` already holds a base, an unknown task or architecture, or tasks too wide for the model.
     """
     if (out / "config.json").exists():
         raise bad(str(out), "a new folder", "one that holds a base")
@@ -72,6 +79,7 @@ def pretrain(recipe: PretrainRecipe, out: Path) -> FrozenPolicy:
         total=len(recipe.demos.tasks) * recipe.demos.episodes, desc="demonstrations", unit="episode", disable=None
     ) as bar:
         demos = collect(recipe.demos, lambda *_: bar.update())
+    check_widths(recipe.model, demos)
     with tqdm(total=recipe.clone.steps, desc="behaviour cloning", unit="step", disable=None) as bar:
 
         def report(_: int, losses: dict[str, float]) -> None:
@@ -85,6 +93,12 @@ def pretrain(recipe: PretrainRecipe, out: Path) -> FrozenPolicy:
         write_text(out / "pretrain.yaml", yaml.safe_dump(json.loads(json.dumps(asdict(recipe))), sort_keys=False))
     write_results(out, recipe, base, demos)
     return base
+
+
+def check_widths(model: NanoConfig, demos: Demos) -> None:
+    """Refuse demonstrations that the model has not enough columns for, before it is cloned."""
+    at_least(demos.actions.shape[1], model, "model", "max_action_dim")
+    at_least(demos.states.shape[1], model, "model", "max_state_dim")
 
 
 def write_results(out: Path, recipe: PretrainRecipe, base: FrozenPolicy, demos: Demos) -> dict[str, Any]:
@@ -119,16 +133,18 @@ class Swapped(FrozenPolicy):
 
 
 def measure_nano(base: FrozenPolicy, recipe: PretrainRecipe, prompts: tuple[str, ...]) -> dict[str, Any]:
-    """Success per task: as it is, with the next task's prompt, and with another episode's image."""
+    """Success per task: as it is, with the next task's prompt where that is another, with another episode's image."""
     tasks = recipe.demos.tasks
     seeds = seed_ranges.block(seed_ranges.EVALUATION, recipe.episodes)
     source = PriorNoise(base.spec.noise)
     results: dict[str, Any] = {"episodes": recipe.episodes, "seeds": [seeds[0], seeds[-1]], "tasks": {}}
-    with tqdm(total=3 * len(tasks) * recipe.episodes, desc="measuring", unit="episode", disable=None) as bar:
+    variety = 3 if len(set(prompts)) > 1 else 2
+    with tqdm(total=variety * len(tasks) * recipe.episodes, desc="measuring", unit="episode", disable=None) as bar:
         for index, uri in enumerate(tasks):
             other = prompts[(index + 1) % len(tasks)]
-            variants: dict[str, FrozenPolicy] = {"base": base, "another_prompt": Swapped(base, prompt=other)}
-            variants["another_image"] = Swapped(base, shuffle_images=True)
+            variants: dict[str, FrozenPolicy] = {"base": base, "another_image": Swapped(base, shuffle_images=True)}
+            if other != prompts[index]:
+                variants["another_prompt"] = Swapped(base, prompt=other)
             config = TaskConfig(uri, recipe.demos.max_episode_steps)
             with VectorTask(config, base.spec.executed_steps) as task:
                 found = {
@@ -146,13 +162,18 @@ def model_card(recipe: PretrainRecipe, results: dict[str, Any], base: Any) -> st
     ]
     for name, found in results["tasks"].items():
         cells = [
-            f"{found[k]['success']:.2f} [{found[k]['ci95'][0]:.2f}, {found[k]['ci95'][1]:.2f}]"
+            f"{found[k]['success']:.2f} [{found[k]['ci95'][0]:.2f}, {found[k]['ci95'][1]:.2f}]" if k in found else "–"
             for k in ("base", "another_prompt", "another_image")
         ]
         rows.append(f"| {name} | {' | '.join(cells)} | {results['demonstrations_success'][name]:.2f} |")
     template = resources.files("dsrl_vla.data").joinpath("nano_card.md").read_text()
+    share = recipe.clone.wait_share if len(results["tasks"]) > 1 else 0.0
     return template.format(
         r=recipe,
+        waiting=f"{share:.0%} of the training samples carry another task's prompt, for which the demonstration is to "
+        "hold still."
+        if share
+        else "There is one task, and nothing to tell by its prompt.",
         library=base.spec.adapter,
         kind=type(base.model).__name__,
         episodes=results["episodes"],

@@ -66,13 +66,43 @@ def test_pretrain_leaves_a_base_that_loads(tmp_path):
     assert base.spec.noise.shape == (8, 8) and base.spec.noise.live == (True,) * 4 + (False,) * 4
     card = (out / "README.md").read_text()
     assert "drawer-open-v3" in card and "library_name: transformers" in card
+    assert "There is one task" in card and "| – |" in card  # no other task's prompt to show
     assert (out / "eval.json").exists() and (out / "pretrain.yaml").exists()
     assert main(["pretrain", str(path), "--out", str(out)]) == 2  # does not overwrite
 
 
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("demos: {tasks: []}", "demos.tasks: expected at least one"),
+        ("demos: {episodes: 0}", "demos.episodes: expected 1 or more, got 0"),
+        ("demos: {offset_share: 2}", "demos.offset_share: expected from 0 to 1, got 2"),
+        ("clone: {batch: 0}", "clone.batch: expected 1 or more, got 0"),
+        ("clone: {lr: 0}", "clone.lr: expected above 0, got 0"),
+        ("model: {layers: 0}", "model.layers: expected 1 or more, got 0"),
+        ("model: {image_size: 65}", "model.image_size: expected a multiple of model.patch_size=16, got 65"),
+        ("episodes: 0", "recipe.episodes: expected 1 or more, got 0"),
+        ("demos: [", "expected YAML, got while parsing"),
+    ],
+)
+def test_a_bad_pretraining_recipe_is_refused_in_words(tmp_path, capsys, text, words):
+    path = tmp_path / "mine.yaml"
+    path.write_text(text)
+    assert main(["pretrain", str(path), "--out", str(tmp_path / "base")]) == 2
+    assert words in capsys.readouterr().err and not (tmp_path / "base").exists()
+
+
+def test_demonstrations_too_wide_for_the_model_are_refused_before_it_is_cloned(tmp_path, capsys):
+    path = tmp_path / "mine.yaml"
+    demos = {"tasks": ["metaworld:drawer-open-v3"], "episodes": 1, "max_episode_steps": 8}
+    path.write_text(yaml.safe_dump({"demos": demos, "model": {"max_action_dim": 2}}))
+    assert main(["pretrain", str(path), "--out", str(tmp_path / "base")]) == 2
+    assert "model.max_action_dim: expected 4 or more, got 2" in capsys.readouterr().err
+
+
 def test_bad_demonstrations_are_refused():
-    with pytest.raises(DsrlError, match="demos.tasks: expected at least one"):
-        collect(DemoConfig(tasks=()))
+    with pytest.raises(DsrlError, match="max_episode_steps: expected 1 to 500 steps, got 600"):
+        collect(DemoConfig(tasks=("metaworld:push-v3",), max_episode_steps=600))
     with pytest.raises(UnknownNameError, match="Did you mean 'push-v3'"):
         collect(DemoConfig(tasks=("metaworld:psh-v3",), episodes=1))
 

@@ -17,6 +17,7 @@ import torch
 from ..adapters.pi0_processing import Pi0Processing, Pi0Statistics
 from ..adapters.pi0_sampling import flow_loss
 from ..adapters.transformers_pi0 import TransformersPi0
+from ..errors import at_least, bad
 from ..observation import IMAGE_PREFIX, PROMPT, STATE
 from ..run_dir import disk_errors
 from ..tasks.metaworld import prompts
@@ -42,6 +43,14 @@ class CloneConfig:
     sight_weight: float = 0.3
     """Weight of an auxiliary loss, dropped after training, that asks the prefix where object and goal are."""
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        at_least(1, self, "clone", "steps", "batch", "draws")
+        at_least(0, self, "clone", "weight_decay", "sight_weight", "seed")
+        if self.lr <= 0:
+            raise bad("clone.lr", "above 0", self.lr)
+        if not 0 <= self.wait_share < 1:
+            raise bad("clone.wait_share", "from 0 to below 1", self.wait_share)
 
 
 def statistics(demos: Demos, config: NanoConfig) -> Pi0Statistics:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..errors import bad
+from ..errors import at_least, bad
 from ..tasks import make_task
 from ..tasks.base import IMAGE_PREFIX, STATE, Demonstrable
 
@@ -42,6 +42,14 @@ class DemoConfig:
     """Where an episode is cut off."""
     seed: int = 100_000
     """First episode seed; episode i of a task uses seed + i."""
+
+    def __post_init__(self) -> None:
+        if not self.tasks:
+            raise bad("demos.tasks", "at least one task", "none")
+        at_least(1, self, "demos", "episodes", "max_episode_steps")
+        at_least(0, self, "demos", "action_noise", "seed")
+        if not 0 <= self.offset_share <= 1:
+            raise bad("demos.offset_share", "from 0 to 1", self.offset_share)
 
 
 @dataclass
@@ -85,17 +93,15 @@ def collect(config: DemoConfig, on_episode: Callable[[str, int], None] = lambda 
     """Collect `config.episodes` demonstrations of every task.
 
     Raises:
-        DsrlError: an empty task list, or a task without an expert. UnknownNameError: no such task.
+        DsrlError: a task without an expert. UnknownNameError: no such task.
     """
-    if not config.tasks:
-        raise bad("demos.tasks", "at least one task", "none")
     columns: list[tuple] = []
     task_index: list[int] = []
     last: list[int] = []
     success: dict[str, float] = {}
     prompts, cameras = [], set()
     for index, uri in enumerate(config.tasks):
-        env, wins = make_task(uri, max_episode_steps=500), 0
+        env, wins = make_task(uri, max_episode_steps=config.max_episode_steps), 0
         if not isinstance(env, Demonstrable) or len(env.info.cameras) != 1:
             raise bad(f"demos.tasks[{index}]", "a task with an expert and one camera", f"'{uri}'")
         for episode in range(config.episodes):

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
-from ..errors import missing_extra
+from ..errors import at_least, bad, missing_extra
 
 
 @dataclass(frozen=True)
@@ -30,6 +30,11 @@ class NanoConfig:
     """Width of the noise; the columns beyond the task's actions are padding."""
     prompt_tokens: int = 20
     sampler_steps: int = 5
+
+    def __post_init__(self) -> None:
+        at_least(1, self, "model", *(field.name for field in fields(self)))
+        if self.image_size % self.patch_size:
+            raise bad("model.image_size", f"a multiple of model.patch_size={self.patch_size}", self.image_size)
 
     @property
     def image_tokens(self) -> int:

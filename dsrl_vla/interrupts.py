@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM as a request: the decision under way is finished, so that what is saved is whole."""
+"""Ctrl-C, SIGTERM and a terminal that is gone as a request: the decision under way is finished, and saved whole."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import threading
 from collections.abc import Iterator
 
 log = logging.getLogger(__name__)
-_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else []))
 
 
 @contextlib.contextmanager
@@ -31,7 +31,8 @@ def stop_requests(at_once: bool = False) -> Iterator[threading.Event]:
         asked.set()
         log.warning("stopping after this decision; Ctrl-C again stops at once, without saving.")
 
-    before = {number: signal.signal(number, ask) for number in _SIGNALS}
+    heard = [number for number in _SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]  # as nohup asks
+    before = {number: signal.signal(number, ask) for number in heard}
     try:
         yield asked
     finally:

@@ -126,6 +126,23 @@ def test_the_folder_holds_the_head_and_refers_to_the_base(steered, base, base_fo
         write_policy(steered, head, base)
 
 
+def test_a_camera_of_the_heads_own_is_asked_for_and_looked_at(base, tmp_path):
+    from lerobot_policy_dsrl.modeling_dsrl import DsrlPolicy
+
+    layout = NoiseLayout(base.spec.noise, "chunk", 1.5, "live")
+    small, looks = NetworkConfig(width=16, layers=1), {"cameras": ("corner",), "image_size": 32}
+    write_policy(tmp_path / "policy", SteeringHead(HeadConfig.for_base(base.spec, layout, small, **looks)), base)
+    made = DsrlPolicy.from_pretrained(tmp_path / "policy", base=base)
+    corner = "observation.images.corner"
+    assert set(made.config.image_features) == {CAMERA, corner}
+    batch = {CAMERA: torch.rand(1, 3, 96, 96), corner: torch.rand(1, 3, 40, 40), "task": [""]}
+    made.predict_action_chunk(batch | {"observation.state": torch.zeros(1, 2)})
+    assert made.source.policy.last_fallback == "" and made.source.policy.fallbacks == {}
+    del made.config.input_features[corner]
+    with pytest.raises(DsrlError, match="policy.input_features: expected the head's cameras corner, got fewer"):
+        DsrlPolicy.from_pretrained(tmp_path / "policy", base=base, config=made.config)
+
+
 def test_lerobot_eval_runs_it_and_its_actions_are_ours(steered, base, head, tmp_path):
     from lerobot.datasets.lerobot_dataset import LeRobotDataset
 

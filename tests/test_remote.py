@@ -296,6 +296,11 @@ def test_keys(fork_base, served, connect_to, monkeypatch):
         ("ws://127.0.0.1:9?deadlin=1", {}, "unknown remote option 'deadlin'. Did you mean 'deadline'"),
         ("ws://127.0.0.1:9?deadline=soon", {}, "remote option deadline: expected seconds, got 'soon'"),
         ("ws://127.0.0.1:9?deadline=0", {}, "remote deadline: expected seconds above 0"),
+        (
+            "ws://127.0.0.1:9?deadline=inf",
+            {},
+            "remote deadline: expected seconds above 0 and at most 86400.0, got inf",
+        ),
         ("ws://127.0.0.1:9?deadline=0.3", {}, "expected an answer within 0.3 s, got none"),
         ("ws://127.0.0.1:9", {"device": "cuda"}, "base.device: expected the default, for the server chooses it"),
         ("wss://127.0.0.1:9?ca=nowhere.pem", {}, "remote ca: expected a file of certificates in PEM"),

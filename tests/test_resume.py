@@ -520,6 +520,18 @@ def test_one_signal_finishes_the_decision_and_on_a_robot_stops_it():
         assert asked.is_set()
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         with stop_requests(at_once=True), pytest.raises(KeyboardInterrupt):
             signal.raise_signal(number)
+
+
+def test_a_run_under_nohup_outlives_its_terminal():
+    from dsrl_vla.interrupts import stop_requests
+
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with stop_requests() as asked:
+            signal.raise_signal(signal.SIGHUP)
+            assert not asked.is_set()
+    finally:
+        signal.signal(signal.SIGHUP, before)

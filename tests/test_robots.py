@@ -155,6 +155,24 @@ def test_a_reading_that_is_not_a_number_is_never_sent():
     assert all(np.isfinite(list(command.values())).all() for command in arm.commands)
 
 
+def test_what_has_been_moved_meanwhile_is_stopped_where_it_is():
+    arm = Arm()
+    rig = Rig(arm, arm_guards())
+    rig.observe()
+    arm.at.update({"x.pos": -80.0})  # a reset, or a person
+    rig.close()
+    assert arm.commands == [{"x.pos": -80.0, "y.pos": 10.0}]
+
+
+def test_a_robot_that_cannot_be_seen_is_not_sent_to_an_old_place(caplog):
+    arm = Arm()
+    rig = Rig(arm, arm_guards())
+    rig.observe()
+    arm.get_observation = lambda: 1 / 0
+    rig.close()
+    assert arm.commands == [] and not arm.is_connected and "while disconnecting the robot" in caplog.text
+
+
 def test_from_a_place_that_nobody_has_measured_nothing_is_sent():
     arm = Arm()
     arm.at["y.pos"] = float("nan")
@@ -253,7 +271,7 @@ def test_words_from_a_teleoperators_buttons():
             return self.events
 
     pad = Pad()
-    operator = TeleopOperator(pad, Unattended())
+    operator = TeleopOperator(pad, Unattended)
     for events, ending in (
         ({"success": True, "terminate_episode": True}, Ending.SUCCESS),
         ({"terminate_episode": True}, Ending.FAILURE),
@@ -264,7 +282,7 @@ def test_words_from_a_teleoperators_buttons():
         said = operator.hear()
         assert said.ending is ending and said.human is ("is_intervention" in events)
     with pytest.raises(DsrlError, match="get_teleop_events"):
-        TeleopOperator(Hand(), Unattended())
+        TeleopOperator(Hand(), Unattended)
 
 
 def test_a_scripts_words_are_checked():
@@ -387,6 +405,29 @@ def test_two_tasks_share_one_connection(tmp_path):
 def test_a_wrong_file_is_refused_in_words(tmp_path, more, words):
     with pytest.raises(DsrlError, match=words):
         make(str(write_file(tmp_path, **more)))
+
+
+@pytest.mark.parametrize(
+    "more", [{"reset": "nowhere:home"}, {"operator": "test_robots:no_operator"}, {"operator": "teleop"}]
+)
+def test_a_file_that_is_refused_leaves_nothing_connected(tmp_path, monkeypatch, more):
+    from dsrl_vla.robots import connect
+
+    robots, plug = [], TaskRobot.connect
+    monkeypatch.setattr(TaskRobot, "connect", lambda self, *a: (robots.append(self), plug(self, *a)))
+    monkeypatch.setattr(connect, "_open", {})
+    monkeypatch.setattr("sys.stdin", None)  # a terminal operator would fail here, after the fact
+    path = write_file(tmp_path, **more)
+    if "operator" in more:
+        tree = yaml.safe_load(path.read_text())
+        path.write_text(yaml.safe_dump({k: v for k, v in tree.items() if k != "script"}))
+    with pytest.raises((DsrlError, RuntimeError)):
+        make(str(path))
+    assert connect._open == {} and not any(robot.is_connected for robot in robots)
+
+
+def no_operator():
+    raise RuntimeError("no display")
 
 
 def test_a_missing_file_is_named(tmp_path):
@@ -561,7 +602,8 @@ def test_drive_rehearses_and_reports(fork_folder, tmp_path, capsys):
     assert main(["drive", str(path)]) == 2
 
 
-def test_a_signal_stops_the_robot_and_disconnects_it(fork_folder, tmp_path, monkeypatch):
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])
+def test_a_signal_stops_the_robot_and_disconnects_it(fork_folder, tmp_path, monkeypatch, name):
     import signal
 
     from dsrl_vla.cli import main
@@ -571,7 +613,7 @@ def test_a_signal_stops_the_robot_and_disconnects_it(fork_folder, tmp_path, monk
     def sending(self, action):
         log.append(action)
         if len(log) == 3:
-            signal.raise_signal(signal.SIGTERM)
+            signal.raise_signal(getattr(signal, name))
         return send(self, action)
 
     monkeypatch.setattr(TaskRobot, "send_action", sending)

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from dsrl_vla.errors import NotSteerableError
 from dsrl_vla.noise import NoiseSpace
 from lerobot.utils.constants import OBS_IMAGES, OBS_STATE
 
@@ -22,6 +23,11 @@ class Conditioned(Split):
     @classmethod
     def refuse(cls, config: Any) -> None:
         super().refuse(config)
+        if getattr(config, "env_state_feature", None):
+            raise NotSteerableError(
+                f"policy '{config.type}': expected one that sees images and a state, got one that reads "
+                "observation.environment_state, which no observation here holds."
+            )
         if getattr(config, "objective", "diffusion") == "diffusion":
             refuse_unsteerable(f"policy '{config.type}'", {"noise_scheduler_type": config.noise_scheduler_type})
 
@@ -66,8 +72,6 @@ class Diffusion(Conditioned):
         if encoders is not None:
             first = encoders[0] if isinstance(encoders, torch.nn.ModuleList) else encoders
             per_step += first.feature_dim * len(config.image_features)
-        if config.env_state_feature:
-            per_step += config.env_state_feature.shape[0]
         return per_step * config.n_obs_steps
 
     def denoise(self, arguments: dict[str, Any], noise: torch.Tensor) -> torch.Tensor:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ..entry_points import imported
-from ..errors import DsrlError, bad, missing_extra
+from ..errors import bad, missing_extra
 from .config import RobotFile, read_robot_file
 from .operators import Operator, ScriptedOperator, TeleopOperator, Unattended
 from .pacing import Pacer
@@ -44,6 +44,7 @@ def make(name: str, *, max_episode_steps: int = 300, uri: str = "") -> RobotTask
     """
     path = Path(name).expanduser().resolve()
     config = read_robot_file(path)
+    reset = imported(config.reset, "reset") if config.reset else None
     if path not in _open:
         _open[path] = _connect(config)
     connection = _open[path]
@@ -56,7 +57,7 @@ def make(name: str, *, max_episode_steps: int = 300, uri: str = "") -> RobotTask
         connection.operator,
         connection.reward,
         connection.pacer,
-        imported(config.reset, "reset") if config.reset else None,
+        reset,
         config.keep_images,
         partial(_release, path),
     )
@@ -88,7 +89,7 @@ def _connect(config: RobotFile) -> _Connection:
     rig = Rig(robot, config.guards, teleop, config.cameras, config.dry_run)
     try:
         return _Connection(rig, _operator(config, teleop), reward, pacer)
-    except DsrlError:
+    except BaseException:
         rig.close()
         raise
 
@@ -112,7 +113,7 @@ def _operator(config: RobotFile, teleop: Any) -> Operator:
         return made
     kinds: dict[str, Callable[[], Operator]] = {
         "terminal": TerminalOperator,
-        "teleop": lambda: TeleopOperator(teleop, TerminalOperator()),
+        "teleop": lambda: TeleopOperator(teleop, TerminalOperator),
         "none": Unattended,
     }
     return kinds[config.operator]()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -82,7 +82,7 @@ class TeleopOperator(Operator):
     """Takes the words from a LeRobot teleoperator that has them (`get_teleop_events`: gamepad, keyboard_ee).
 
     Args:
-        scene: who says that the scene is ready.
+        scene: makes who says that the scene is ready.
 
     Raises:
         DsrlError: the teleoperator has no events.
@@ -90,10 +90,10 @@ class TeleopOperator(Operator):
 
     _ENDINGS = {"rerecord_episode": Ending.REDO, "success": Ending.SUCCESS, "terminate_episode": Ending.FAILURE}
 
-    def __init__(self, teleop: Any, scene: Operator):
+    def __init__(self, teleop: Any, scene: Callable[[], Operator]):
         if not hasattr(teleop, "get_teleop_events"):
             raise bad("operator: teleop", "a teleoperator with get_teleop_events (gamepad, keyboard_ee)", type(teleop))
-        self.teleop, self.scene = teleop, scene
+        self.teleop, self.scene = teleop, scene()
 
     def hear(self) -> Said:
         events = {getattr(key, "value", key): value for key, value in self.teleop.get_teleop_events().items()}

@@ -108,6 +108,18 @@ class Rig:
         self._check_known(target)
         self._send(target)
 
+    def _hold_here(self) -> None:
+        """Stand still where the robot is now: since it was last seen, a reset or a person may have moved it.
+
+        Where it cannot be seen, only what needs no place is commanded; a place would be an old one.
+        """
+        try:
+            self.observe()
+        except Exception:
+            if self.guards.measured.any():
+                raise
+        self.hold()
+
     def _check_known(self, place: np.ndarray) -> None:
         """Refuse to command from a place that nobody has ever measured."""
         for name, value in zip(self.actions, place, strict=True):
@@ -127,7 +139,7 @@ class Rig:
 
     def close(self) -> None:
         """Stand still and disconnect; what fails in it is logged, for the robot may be why we stop."""
-        for what in (self.hold, self.robot.disconnect, *([self.teleop.disconnect] if self.teleop else [])):
+        for what in (self._hold_here, self.robot.disconnect, *([self.teleop.disconnect] if self.teleop else [])):
             try:
                 what()
             except Exception as error:

@@ -26,6 +26,7 @@ from . import protocol as p
 from .wire import MAX_BYTES, WireError, pack, unpack
 
 _BACKOFF, _BACKOFF_CAP = 0.05, 2.0
+_LONGEST_S = 86_400.0
 _FINAL = (400, 401, 403, 404)
 Result = TypeVar("Result")
 
@@ -57,8 +58,8 @@ class ClientConfig:
     def __post_init__(self) -> None:
         if not self.uri.startswith(("ws://", "wss://")):
             raise bad("remote", "ws://<host>:<port> or wss://<host>:<port>", f"'{self.uri}'")
-        if not self.deadline_s > 0:
-            raise bad("remote deadline", "seconds above 0", self.deadline_s)
+        if not 0 < self.deadline_s <= _LONGEST_S:
+            raise bad("remote deadline", f"seconds above 0 and at most {_LONGEST_S}", self.deadline_s)
 
     def ssl_context(self) -> ssl.SSLContext | None:
         """For wss."""

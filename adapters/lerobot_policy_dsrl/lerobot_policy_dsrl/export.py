@@ -7,18 +7,20 @@ from typing import Any
 
 from dsrl_vla import SteeringHead
 from dsrl_vla.errors import bad
+from dsrl_vla.observation import IMAGE_PREFIX
 from dsrl_vla.pairing import check_pair
 from dsrl_vla.policy import FrozenPolicy
 from lerobot.configs import FeatureType, PolicyFeature
 
 from .configuration_dsrl import DsrlConfig
+from .modeling_dsrl import camera_of
 from .processor_dsrl import make_dsrl_pre_post_processors
 
 ANY_SIZE = (3, 224, 224)  # of a camera whose images the base resizes anyway
 
 
-def features_of(base: FrozenPolicy) -> dict[str, PolicyFeature]:
-    """What the base looks at, under LeRobot's names: its own, if it is a policy of LeRobot's."""
+def features_of(base: FrozenPolicy, head: SteeringHead) -> dict[str, PolicyFeature]:
+    """What base and head look at, under LeRobot's names: the base's own, if it is a policy of LeRobot's."""
     spec = base.spec.observation
     own: Any = getattr(getattr(getattr(base, "split", None), "config", None), "image_features", None)
     if own is None:
@@ -27,6 +29,8 @@ def features_of(base: FrozenPolicy) -> dict[str, PolicyFeature]:
             for name, shape in spec.cameras.items()
         }
     cameras = {key: feature for key, feature in own.items() if ".empty_camera_" not in key}
+    for name in set(head.config.cameras) - set(map(camera_of, cameras)):
+        cameras[IMAGE_PREFIX + name] = PolicyFeature(FeatureType.VISUAL, ANY_SIZE)
     return {**cameras, "observation.state": PolicyFeature(FeatureType.STATE, (spec.state_dim,))}
 
 
@@ -46,7 +50,7 @@ def write_policy(out: Path, head: SteeringHead, base: FrozenPolicy, dtype: str =
         base_dtype=dtype,
         chunk_size=steps,
         n_action_steps=steps,
-        input_features=features_of(base),
+        input_features=features_of(base, head),
         output_features={"action": PolicyFeature(FeatureType.ACTION, (base.spec.action_dim,))},
         device="cpu",
     )

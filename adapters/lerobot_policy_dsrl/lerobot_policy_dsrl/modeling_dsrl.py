@@ -55,6 +55,10 @@ class DsrlPolicy(PreTrainedPolicy):
         policy = SteeredPolicy(base, head)
         if config.n_action_steps != base.spec.executed_steps:
             raise bad("policy.n_action_steps", f"{base.spec.executed_steps}, as in training", config.n_action_steps)
+        unseen = set(head.config.cameras) - set(map(camera_of, config.image_features))
+        if unseen:
+            raise bad("policy.input_features", f"the head's cameras {', '.join(head.config.cameras)}", "fewer",
+                      "Export it again: dsrl-vla export-policy")  # fmt: skip
         self.head = head
         self.__dict__["base"] = base  # no submodule: neither saved nor moved with the head
         self.source: NoiseSource = PriorNoise(base.spec.noise)

@@ -28,19 +28,20 @@ from steer_metaworld import learning_curve
 RUNS = Path("runs/paper-robosuite")
 RECORDED = 50
 EARLY = {"validate_every": 1000, "validation_episodes": 50, "env_steps": 6000}
+OFFLINE = {"updates": 2000, "stride": 2}
 VARIANTS: dict[str, dict[str, Any]] = {
     "sac": {"algorithm": "sac"},
     "na": {"algorithm": "na"},
     "na-exact": {"algorithm": "na-exact"},
     "offline-to-online": {
         "algorithm": "na",
-        "offline": {"updates": 2000, "stride": 2},
+        "offline": OFFLINE,
         "train": {"learning_starts": 1},
     },
     "na, early": {"algorithm": "na", "train": EARLY},
     "offline-to-online, early": {
         "algorithm": "na",
-        "offline": {"updates": 2000, "stride": 2},
+        "offline": OFFLINE,
         "train": EARLY | {"learning_starts": 1},
     },
 }

@@ -16,7 +16,7 @@ import yaml
 
 from .bases import load_base
 from .critic import CriticConfig
-from .errors import bad, unknown
+from .errors import at_least, bad, unknown
 from .latent_sac import SACConfig
 from .learners import Algorithm
 from .networks import NetworkConfig
@@ -106,16 +106,12 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         counts = ("learning_starts", "replay_capacity", "validate_every", "validation_episodes")
-        for name in (*counts, "checkpoint_every", "max_faults", "threads"):
-            if getattr(self, name) < 1:
-                raise bad(f"train.{name}", "1 or more", getattr(self, name))
+        at_least(1, self, "train", *counts, "checkpoint_every", "max_faults", "threads")
         if self.stop_at is not None and not 0 < self.stop_at <= 1:
             raise bad("train.stop_at", "above 0 and at most 1", self.stop_at)
         if self.gradient_steps <= 0:
             raise bad("train.gradient_steps", "above 0", self.gradient_steps)
-        for name in ("env_steps", "seed"):
-            if getattr(self, name) < 0:
-                raise bad(f"train.{name}", "0 or more", getattr(self, name))
+        at_least(0, self, "train", "env_steps", "seed")
 
 
 @dataclass(frozen=True)

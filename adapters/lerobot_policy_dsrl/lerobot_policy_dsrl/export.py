@@ -29,8 +29,9 @@ def features_of(base: FrozenPolicy, head: SteeringHead) -> dict[str, PolicyFeatu
             for name, shape in spec.cameras.items()
         }
     cameras = {key: feature for key, feature in own.items() if ".empty_camera_" not in key}
-    for name in set(head.config.cameras) - set(map(camera_of, cameras)):
-        cameras[IMAGE_PREFIX + name] = PolicyFeature(FeatureType.VISUAL, ANY_SIZE)
+    seen = set(map(camera_of, cameras))
+    own_of_head = [IMAGE_PREFIX + name for name in head.config.cameras if name not in seen]
+    cameras |= dict.fromkeys(own_of_head, PolicyFeature(FeatureType.VISUAL, ANY_SIZE))
     return {**cameras, "observation.state": PolicyFeature(FeatureType.STATE, (spec.state_dim,))}
 
 

@@ -143,10 +143,11 @@ class DiffusionMLP(FrozenPolicy):
     def processors(self) -> Mapping[str, Any]:
         return {"scheduler": {k: v for k, v in self.scheduler.config.items() if not k.startswith("_diffusers")}}
 
-    def save_pretrained(self, folder: Path) -> None:
+    def save_pretrained(self, folder: Path | str) -> None:
         """Write config, weights and scheduler."""
         from safetensors.torch import save_file
 
+        folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "config.json").write_text(json.dumps(asdict(self.model.config), indent=2) + "\n")
         save_file(dict(self.model.state_dict()), folder / "model.safetensors")
@@ -176,7 +177,7 @@ def shipped_bases() -> dict[str, Path]:
     return {path.parent.name: path.parent for path in sorted(shelf.glob("*/config.json"))}
 
 
-def load(source: str, *, dtype: str = "float32", device: str = "cpu", uri: str = "", **_: Any) -> DiffusionMLP:
+def load(source: str, *, dtype: str = "float32", device: str = "cpu", uri: str = "") -> DiffusionMLP:
     """Load a folder written by `DiffusionMLP.save_pretrained`, or a shipped base by name.
 
     Raises:

@@ -222,7 +222,7 @@ class DPPO(FrozenPolicy):
         return {"sampler": known, "normalization": {key: value.tolist() for key, value in self.limits.items()}}
 
 
-def load(source: str, *, dtype: str = "float32", device: str = "cpu", uri: str = "", **_: Any) -> DPPO:
+def load(source: str, *, dtype: str = "float32", device: str = "cpu", uri: str = "") -> DPPO:
     """Load a checkpoint; see the head of this file.
 
     Raises:

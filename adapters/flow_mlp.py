@@ -10,7 +10,6 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -114,16 +113,17 @@ class FlowMLP(FrozenPolicy):
     def state_dict(self) -> Mapping[str, torch.Tensor]:
         return self.model.state_dict()
 
-    def save_pretrained(self, folder: Path) -> None:
+    def save_pretrained(self, folder: Path | str) -> None:
         """Write ``config.json`` and ``model.safetensors``."""
         from safetensors.torch import save_file
 
+        folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "config.json").write_text(json.dumps(asdict(self.model.config), indent=2) + "\n")
         save_file(dict(self.model.state_dict()), folder / "model.safetensors")
 
 
-def load(source: str, *, dtype: str = "float32", device: str = "cpu", uri: str = "", **_: Any) -> FlowMLP:
+def load(source: str, *, dtype: str = "float32", device: str = "cpu", uri: str = "") -> FlowMLP:
     """Load a folder written by `FlowMLP.save_pretrained`.
 
     Raises:

@@ -32,7 +32,7 @@ _WITHOUT_EFFECT = {
 def settings(recipe: Recipe) -> dict[str, Any]:
     """What decides a run's result, as flat ``{"section.field": value}``: all that differs from the defaults."""
     before, now = flat(asdict(Recipe())), flat(asdict(recipe))
-    changed = {k: v for k, v in now.items() if before[k] != v and k not in _WITHOUT_EFFECT}
+    changed = {k: v for k, v in now.items() if before.get(k) != v and k not in _WITHOUT_EFFECT}
     return json.loads(json.dumps(changed))
 
 

@@ -6,11 +6,13 @@ An adapter registers under the entry-point group ``dsrl_vla.adapters``; its targ
 
 from __future__ import annotations
 
+import inspect
 import json
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from .entry_points import load, names
-from .errors import bad
+from .errors import bad, unknown
 from .policy import FrozenPolicy
 
 GROUP = "dsrl_vla.adapters"
@@ -28,19 +30,30 @@ def load_base(uri: str, **options: Any) -> FrozenPolicy:
         options: passed to the adapter: ``dtype``, ``device``, and its own.
 
     Raises:
-        UnknownNameError: no such adapter; names the nearest. NotSteerableError: the policy takes no initial
-            noise. MissingExtraError: the adapter's package is not installed.
+        UnknownNameError: no such adapter, or no such option of it; names the nearest. NotSteerableError: the policy
+            takes no initial noise. MissingExtraError: the adapter's package is not installed.
     """
     name, colon, source = uri.partition(":")
     if not colon:
         raise bad("base", "'<adapter>:<source>' such as 'nano:' or 'transformers:owner/name@revision'", f"'{uri}'")
+    loader = load(GROUP, "adapter", name)
+    _check_options(name, loader, options)
     try:
-        return load(GROUP, "adapter", name)(source, uri=uri, **options)
+        return loader(source, uri=uri, **options)
     except json.JSONDecodeError as error:
         raise bad(f"base '{uri}'", "JSON files that are whole", f"{error}") from error
     except (RuntimeError, AssertionError):
         _check_device(str(options.get("device", "cpu")))
         raise
+
+
+def _check_options(adapter: str, loader: Callable[..., FrozenPolicy], options: Mapping[str, Any]) -> None:
+    known = inspect.signature(loader).parameters
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in known.values()):
+        return
+    for option in options:
+        if option not in known:
+            raise unknown(f"option of the adapter '{adapter}:'", option, set(known) - {"source", "uri"})
 
 
 def _check_device(device: str) -> None:

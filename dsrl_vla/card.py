@@ -9,6 +9,8 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
+import yaml
+
 from .artefact import CURVES, EVAL, RECIPE, VIDEO
 from .head_config import HeadConfig
 from .measures import shown, shown_gain, value, yardstick
@@ -29,7 +31,7 @@ def head_card(config: HeadConfig, folder: Path) -> str:
         version=config.dsrl_vla_version,
         task=f"`{result['task']}`" if result else "(not recorded)",
         results=_results(result, folder) if result else "It was pushed without an evaluation.\n",
-        uri=json.dumps(result["base_uri"] if result else _uri(config)),
+        base_arguments=_base_arguments(result["base_uri"] if result else _uri(config), folder),
         source='"<this repository>"',
         executed=config.executed_steps,
         actions=config.action_dim or "A",
@@ -54,6 +56,13 @@ def _uri(config: HeadConfig) -> str:
     if ":" in name:
         return name
     return f"{config.adapter}:{name}" + (f"@{config.revision}" if config.revision else "")
+
+
+def _base_arguments(uri: str, folder: Path) -> str:
+    """What `load_base` is called with: the URI, and the options that the run's recipe gives the adapter."""
+    recipe = yaml.safe_load((folder / RECIPE).read_text()) if (folder / RECIPE).is_file() else {}
+    options = recipe.get("base", {}).get("options", {})
+    return ", ".join([json.dumps(uri), *(f"{name}={value!r}" for name, value in options.items())])
 
 
 def _metadata(config: HeadConfig, result: dict[str, Any] | None) -> Any:

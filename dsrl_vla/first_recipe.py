@@ -44,6 +44,7 @@ def _fill(report: dict[str, Any], source: str, name: str) -> str:
         base_uri=json.dumps(base["uri"]),
         dtype=base["dtype"],
         device=base["device"],
+        options=json.dumps(base["options"]),
         task_uri=json.dumps(task["uri"]),
         max_episode_steps=task["max_episode_steps"],
         num_envs=task["num_envs"],

@@ -1,11 +1,14 @@
 """One affine layer, by the quicker of the two libraries that torch multiplies float32 matrices with on a CPU.
 
 torch's own choice is MKL, which on processors that are not Intel's does without AVX-512. oneDNN, which torch brings
-too, does not: there it halves a product's time, once that outweighs its dearer call. Same function, other rounding.
+too, does not: there it halves a product's time, once that outweighs its dearer call. On Intel's own, MKL is the
+quicker one. Same function, other rounding.
 """
 
 from __future__ import annotations
 
+import platform
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,7 +16,10 @@ import torch
 WORTHWHILE = 2**21
 """Multiplications in a product from which on oneDNN's dearer call pays."""
 _WIDE = torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability() == "AVX512"
-_product = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if _WIDE else None
+_CPUINFO = Path("/proc/cpuinfo")
+"""Where Linux says whose processor it is; elsewhere `platform` does."""
+_INTEL = "GenuineIntel" in (_CPUINFO.read_text() if _CPUINFO.exists() else platform.processor())
+_product = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if _WIDE and not _INTEL else None
 
 
 def affine(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:

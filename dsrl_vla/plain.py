@@ -46,6 +46,8 @@ def from_plain(cls: type, tree: Any, where: str, kind: str = "recipe key") -> An
 
 
 def _convert(wanted: Any, value: Any, name: str, kind: str) -> Any:
+    if wanted is Any:
+        return value
     origin, arguments = typing.get_origin(wanted), typing.get_args(wanted)
     if is_dataclass(wanted):
         return from_plain(typing.cast(type, wanted), value, name, kind)

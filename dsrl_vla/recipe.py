@@ -40,10 +40,17 @@ class BaseConfig:
     """``<adapter>:<source>``; see ``dsrl-vla adapters``."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     device: str = "cpu"
+    options: dict[str, Any] = field(default_factory=dict)
+    """What else the adapter's `load` takes: for lerobot:, say, ``cameras: {<of the task>: <of the policy>}``."""
 
-    def load(self) -> FrozenPolicy:
-        """Load it; raises what `dsrl_vla.load_base` raises."""
-        return load_base(self.uri, dtype=self.dtype, device=self.device)
+    def __post_init__(self) -> None:
+        for name in ("dtype", "device", "uri"):
+            if name in self.options:
+                raise bad("base.options", f"no '{name}', which is a field of base itself", self.options)
+
+    def load(self, **instead: Any) -> FrozenPolicy:
+        """Load it, some options replaced; raises what `dsrl_vla.load_base` raises."""
+        return load_base(self.uri, **{"dtype": self.dtype, "device": self.device} | self.options | instead)
 
 
 @dataclass(frozen=True)
@@ -183,14 +190,15 @@ def differing(one: Recipe, other: Recipe) -> list[str]:
     """Names of the fields in which two recipes differ, as options have them."""
     before = flat(dataclasses.asdict(other))
     now = flat(dataclasses.asdict(one))
-    return [name for name in now if now[name] != before[name] and name not in ("name", "description")]
+    names = [name for name in before | now if name not in ("name", "description")]
+    return [name for name in names if now.get(name) != before.get(name)]
 
 
 def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """A recipe's tree as ``{"section.field": value}``."""
     found: dict[str, Any] = {}
     for key, value in tree.items():
-        found |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+        found |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) and value else {prefix + key: value}
     return found
 
 

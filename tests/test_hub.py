@@ -13,7 +13,7 @@ from urllib.parse import unquote, urlsplit
 
 import pytest
 import torch
-from dsrl_vla import SteeredPolicy, SteeringHead
+from dsrl_vla import SteeredPolicy, SteeringHead, load_recipe
 from dsrl_vla.artefact import LARGEST
 from dsrl_vla.cli import main
 from dsrl_vla.errors import DsrlError, MismatchError
@@ -239,6 +239,14 @@ def test_the_card_says_what_was_measured(head, run, tmp_path):
     said += ["](curves.png)", "](rollouts.mp4)", 'load_base("flow-mlp:there")', "no safety certificate"]
     assert all(words in card.text for words in said)
     assert card.data.base_model is None  # this base is not on the Hub
+
+
+def test_the_card_says_which_options_the_base_needs(head, run, tmp_path):
+    recipe = load_recipe("demo", {"base": {"options": {"cameras": {"front": "corner"}}}})
+    (run / "recipe.yaml").write_text(recipe.to_yaml())
+    write_artefact(head, tmp_path / "out", run)
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert """load_base("flow-mlp:there", cameras={'front': 'corner'})""" in card
 
 
 def test_a_base_on_the_hub_is_linked_as_peft_does(head, tmp_path):

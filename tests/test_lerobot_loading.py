@@ -82,6 +82,21 @@ def test_a_file_that_is_missing_is_named(smolvla, tmp_path, name):
         load_base(f"lerobot:{folder}")
 
 
+@pytest.mark.parametrize("kind", ["pi0", "smolvla"])
+def test_weights_that_lerobot_could_not_load_are_not_served(kind, tmp_path):
+    """LeRobot's π0 prints that it failed, and goes on with random weights."""
+    from safetensors.torch import load_file, save_file
+
+    pytest.importorskip("lerobot.policies")
+    tiny_lerobot.save(kind, tmp_path)
+    file = tmp_path / "model.safetensors"
+    tensors = load_file(file)
+    name = next(name for name, value in tensors.items() if value.ndim == 2 and "lm_head" not in name)
+    save_file({key: value for key, value in tensors.items() if key != name}, file)
+    with tiny_lerobot.sizes(kind), pytest.raises(DsrlError, match="weights to come from model.safetensors|expected"):
+        load_base(f"lerobot:{tmp_path}")
+
+
 def test_a_processor_step_from_elsewhere_is_not_loaded(smolvla, tmp_path):
     folder = shutil.copytree(smolvla, tmp_path / "odd")
     path = folder / "policy_postprocessor.json"

@@ -86,6 +86,14 @@ def test_network_fields_are_checked(changes, words):
         NetworkConfig(**changes)
 
 
+@pytest.fixture
+def by_onednn(monkeypatch):
+    """As on a processor that is not Intel's; where torch has no oneDNN, torch's own products."""
+    product = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn.is_available() else None
+    monkeypatch.setattr(linear, "_product", product)
+
+
+@pytest.mark.usefixtures("by_onednn")
 @pytest.mark.parametrize("rows", [4, 256])
 def test_a_layer_is_the_same_function_whichever_library_multiplies(rows):
     """Outputs and gradients against torch's own, in double precision; 256 rows of 128 x 128 are for oneDNN."""
@@ -103,11 +111,13 @@ def test_a_layer_is_the_same_function_whichever_library_multiplies(rows):
         assert torch.allclose(one.double(), other, atol=1e-3)
 
 
+@pytest.mark.usefixtures("by_onednn")
 def test_other_dtypes_and_devices_are_left_to_torch():
     assert not pays(torch.zeros(256, 128, dtype=torch.bfloat16), torch.zeros(128, 128, dtype=torch.bfloat16))
     assert not pays(torch.zeros(256, 128, device="meta"), torch.zeros(128, 128, device="meta"))
 
 
+@pytest.mark.usefixtures("by_onednn")
 @pytest.mark.parametrize("kind", ["transformer", "mlp"])
 def test_large_stacks_agree_with_their_members_alone(kind):
     """Sizes at which an MLP is multiplied by oneDNN."""

@@ -97,3 +97,23 @@ def test_the_reference_recipes_set_the_reference_s_choices(task):
     assert (sac.target_entropy, sac.alpha_init, sac.actor_average, recipe.train.gradient_steps) == (0.0, 1.0, 0.0, 2.5)
     assert (network.kind, network.activation, network.norm) == ("mlp", "tanh", True) and recipe.noise.bound == 1.0
     assert recipe.head.network == network and recipe.algorithm == "na-exact"
+
+
+def test_an_adapters_own_options_are_part_of_a_recipe(write):
+    """In a file, on the command line and in what is written down; the adapter is given them."""
+    from dsrl_vla.cli.options import read_recipe
+    from dsrl_vla.recipe import differing
+
+    path = write("base: {uri: 'nano:', options: {cameras: {front: corner}}}")
+    recipe = load_recipe(path)
+    assert recipe.base.options == {"cameras": {"front": "corner"}}
+    assert load_recipe(write(recipe.to_yaml(), "again.yaml")) == recipe
+    changed = read_recipe(str(path), ["--base.options.cameras.front", "side"])
+    assert changed.base.options == {"cameras": {"front": "side"}}
+    assert differing(changed, recipe) == ["base.options.cameras.front"]
+    without = differing(load_recipe(write("{}", "plain.yaml")), recipe)
+    assert set(without) == {"base.options", "base.options.cameras.front"}
+    with pytest.raises(UnknownNameError, match="option of the adapter 'nano:' 'cameras'.*Known: device, dtype"):
+        recipe.base.load()
+    with pytest.raises(DsrlError, match="base.options: expected no 'dtype', which is a field of base itself"):
+        load_recipe(write("base: {options: {dtype: bfloat16}}"))

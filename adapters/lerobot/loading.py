@@ -20,6 +20,7 @@ from ..refusals import refuse_unsteerable
 from ..transformers_pi0 import DTYPES, resolve
 from .policy import LeRobotPolicy
 from .splits import KNOWN, find_split
+from .weights import check_loaded
 
 _PROCESSORS = {"pre": "policy_preprocessor.json", "post": "policy_postprocessor.json"}
 
@@ -44,7 +45,8 @@ def load(
         NotSteerableError: a policy, or a mode of one, that has no initial noise to steer.
         MissingExtraError: LeRobot, or the extra that this policy needs, is not installed.
         DsrlError: no such folder or repository; a policy type this adapter does not know; a file that is missing;
-            an installed LeRobot whose class has another interface than the adapter was written for.
+            an installed LeRobot whose class has another interface than the adapter was written for; weights that
+            LeRobot could not load.
     """
     if dtype not in DTYPES:
         raise bad("base.dtype", " or ".join(DTYPES), f"'{dtype}'")
@@ -58,10 +60,12 @@ def load(
     _configure(policy_config, folder, dict(config or {}), device)
     split_class = find_split(kind)
     split_class.refuse(policy_config)
-    if not (folder / "model.safetensors").exists():
+    weights = folder / "model.safetensors"
+    if not weights.exists():
         raise bad(f"base '{source}'", "a model.safetensors", "none in that folder")
     with _explained(kind, source), _quiet():
         policy = _policy_class(kind).from_pretrained(folder, config=policy_config)
+    check_loaded(policy, weights, source)
     split = split_class(policy)
     if dtype != "float32":
         split.cast(DTYPES[dtype])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -74,7 +74,6 @@ class ExportPolicyArgs:
 def run_export_policy(argv: list[str]) -> int:
     """Write a run's head as a policy for LeRobot's tools."""
     args = tyro.cli(ExportPolicyArgs, prog="dsrl-vla export-policy", args=argv)
-    from ..bases import load_base
     from ..errors import DsrlError
     from ..head import SteeringHead
     from ..head_config import CONFIG
@@ -94,7 +93,7 @@ def run_export_policy(argv: list[str]) -> int:
     else:
         head = SteeringHead.from_pretrained(args.source)
         config = BaseConfig(head.config.base_uri)
-    base = load_base(args.base or config.uri, dtype=config.dtype, device=config.device)
+    base = replace(config, uri=args.base or config.uri).load()
     write_policy(args.out, head, base, config.dtype)
     print(f"written: {args.out}; run it with: lerobot-eval --policy.path={args.out} --env.type=…")
     return 0

@@ -109,8 +109,7 @@ def load(args: ServeArgs) -> tuple[Any, Any]:
     from ..training import load_run
 
     recipe, head = load_run(args.target)
-    chosen = {"dtype": recipe.base.dtype, "device": recipe.base.device} | options
-    return load_base(recipe.base.uri, **chosen), SteeringHead.from_pretrained(args.head) if args.head else head
+    return recipe.base.load(**options), SteeringHead.from_pretrained(args.head) if args.head else head
 
 
 def _api_key(file: Path | None) -> str:

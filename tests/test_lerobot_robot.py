@@ -42,6 +42,12 @@ def test_a_robot_of_lerobots_is_the_simulator_behind_it(tmp_path, nano):
     assert not robot.rig.robot.is_connected
 
 
+def torch_images(images):
+    import torch
+
+    return torch.stack([torch.as_tensor(image).permute(2, 0, 1) / 255 for image in images.values()])
+
+
 def test_a_robot_that_lerobot_does_not_know_is_refused_with_those_it_does(tmp_path):
     with pytest.raises(
         DsrlError, match=r"robot: expected LeRobot's configuration of a robot; types: .*so101_follower"
@@ -49,8 +55,9 @@ def test_a_robot_that_lerobot_does_not_know_is_refused_with_those_it_does(tmp_pa
         make_task(robot_file(tmp_path, robot={"type": "so102_follower"}))
 
 
-def test_a_reward_model_of_lerobots_judges_every_step(tmp_path):
-    """A real reward classifier of random weights; where its answer lies on either side of the threshold."""
+@pytest.fixture
+def classifier(tmp_path):
+    """A real reward classifier of random weights: its folder, and its config."""
     import torch
     from lerobot.configs import FeatureType, PolicyFeature
     from lerobot.rewards.classifier.configuration_classifier import RewardClassifierConfig
@@ -69,9 +76,23 @@ def test_a_reward_model_of_lerobots_judges_every_step(tmp_path):
         output_features={"next.reward": PolicyFeature(FeatureType.REWARD, (1,))},
     )  # fmt: skip
     Classifier(config).save_pretrained(tmp_path / "classifier")
-    pytest.importorskip("lerobot_policy_dsrl")
-    for threshold, success in ((-1.0, True), (2.0, False)):
-        file = robot_file(tmp_path, reward=f"lerobot:{tmp_path / 'classifier'}", threshold=threshold)
+    return tmp_path / "classifier", config
+
+
+def test_a_reward_model_of_lerobots_judges_every_step(classifier, tmp_path):
+    """Where the probability it gives lies on either side of the threshold."""
+    from dsrl_vla.robots.rewards import load_reward_model
+
+    folder, _ = classifier
+    images = {"observation.images.behindGripper": np.full((64, 64, 3), 200, np.uint8)}
+    seen = images | {"observation.state": np.zeros(4, np.float32), "task": "push"}
+    judge = load_reward_model(str(folder), 0.5)
+    likely = float(judge.model.predict([torch_images(images)]).probabilities)
+    assert 0.01 < likely < 0.99
+    for threshold, success in ((likely - 0.005, True), (likely + 0.005, False)):
+        assert load_reward_model(str(folder), threshold)(seen, np.zeros(4, np.float32))[1] is success
+    for threshold, success in ((0.0, True), (1.0, False)):
+        file = robot_file(tmp_path, reward=f"lerobot:{folder}", threshold=threshold)
         task = make_task(file, max_episode_steps=5)
         task.reset(seed=0)
         _, reward, terminated, _, info = task.step(np.zeros(4, np.float32))
@@ -79,3 +100,19 @@ def test_a_reward_model_of_lerobots_judges_every_step(tmp_path):
         task.close()
     with pytest.raises(DsrlError, match="reward: expected a LeRobot reward model, got"):
         make_task(robot_file(tmp_path, reward=f"lerobot:{tmp_path / 'encoder'}"))
+
+
+def test_a_reward_model_sees_what_its_training_normalised(classifier, caplog):
+    import torch
+    from dsrl_vla.robots.rewards import load_reward_model
+    from lerobot.rewards.classifier.processor_classifier import make_classifier_processor
+
+    folder, config = classifier
+    name = "observation.images.behindGripper"
+    raw = torch.rand(1, 3, 64, 64)
+    bare = load_reward_model(str(folder), 0.5)
+    assert torch.equal(bare.preprocess({name: raw})[name], raw) and "not normalised" in caplog.text
+    statistics = {name: {"mean": torch.full((3, 1, 1), 0.5), "std": torch.full((3, 1, 1), 0.1)}}
+    make_classifier_processor(config, statistics)[0].save_pretrained(folder)
+    found = load_reward_model(str(folder), 0.5).preprocess({name: raw})[name]
+    assert torch.allclose(found, (raw - 0.5) / 0.1, atol=1e-4)

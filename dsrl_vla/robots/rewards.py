@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import abc
+import logging
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from ..errors import bad, missing_extra
 from ..observation import IMAGE_PREFIX, PROMPT, STATE
+
+log = logging.getLogger(__name__)
 
 
 class Reward(abc.ABC):
@@ -49,10 +53,12 @@ class ByFunction(Reward):
 
 
 class ByRewardModel(Reward):
-    """A LeRobot reward model: 0 and success where it gives `threshold` or more, else -1.
+    """A LeRobot reward model: 0 and success where it gives `threshold` or more (a classifier: where the probability
+    of success is above it), else -1.
 
     Args:
-        model: has ``compute_reward(batch) -> (B,)``; images float (B, 3, H, W) in [0, 1].
+        model: has ``compute_reward(batch) -> (B,)``, a classifier ``predict_reward(batch, threshold) -> (B,)``, which
+            is 0 or 1; images float (B, 3, H, W) in [0, 1].
         preprocess: LeRobot's pipeline for it.
     """
 
@@ -70,8 +76,13 @@ class ByRewardModel(Reward):
         batch |= {STATE: torch.as_tensor(observation[STATE]).unsqueeze(0), PROMPT: [observation[PROMPT]]}
         batch["action"] = torch.as_tensor(action).unsqueeze(0)
         with torch.no_grad():
-            success = float(self.model.compute_reward(self.preprocess(batch))) >= self.threshold
+            success = self._succeeded(self.preprocess(batch))
         return (0.0 if success else -1.0), success
+
+    def _succeeded(self, batch: Any) -> bool:
+        if hasattr(self.model, "predict_reward"):
+            return float(self.model.predict_reward(batch, self.threshold)) > 0
+        return float(self.model.compute_reward(batch)) >= self.threshold
 
 
 def load_reward_model(source: str, threshold: float) -> ByRewardModel:
@@ -82,13 +93,29 @@ def load_reward_model(source: str, threshold: float) -> ByRewardModel:
     """
     try:
         from lerobot.configs.rewards import RewardModelConfig
-        from lerobot.rewards.factory import get_reward_model_class, make_reward_pre_post_processors
+        from lerobot.rewards.factory import get_reward_model_class
     except ImportError as error:
         raise missing_extra("lerobot", "lerobot", "a reward model of LeRobot's") from error
+    from ..adapters.transformers_pi0 import resolve
+
     try:
-        config = RewardModelConfig.from_pretrained(source)
-        model = get_reward_model_class(config.type).from_pretrained(source, config=config)
-        preprocess, _ = make_reward_pre_post_processors(config)
+        folder, _, _ = resolve(source)
+        config = RewardModelConfig.from_pretrained(folder)
+        model = get_reward_model_class(config.type).from_pretrained(folder, config=config)
+        preprocess = _preprocessor(folder, config)
     except Exception as error:
         raise bad("reward", "a LeRobot reward model", f"'{source}' ({error})") from error
-    return ByRewardModel(model, preprocess, threshold)
+    return ByRewardModel(model.eval(), preprocess, threshold)
+
+
+def _preprocessor(folder: Path, config: Any) -> Any:
+    """The pipeline that training saved beside the model, with its statistics; where there is none, one without any."""
+    from lerobot.processor import PolicyProcessorPipeline
+    from lerobot.rewards.factory import make_reward_pre_post_processors
+
+    files = sorted(folder.glob("*preprocessor.json"))
+    if not files:
+        log.warning("reward: no *preprocessor.json in '%s': what the model sees is not normalised", folder)
+        return make_reward_pre_post_processors(config)[0]
+    overrides = {"device_processor": {"device": config.device}}
+    return PolicyProcessorPipeline.from_pretrained(folder, config_filename=files[0].name, overrides=overrides)

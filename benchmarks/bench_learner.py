@@ -36,6 +36,8 @@ class Args:
     """What to measure."""
 
     rounds: int = 15
+    name: str = "learner"
+    """Of the file in results/: another machine's stands beside it under another name."""
 
 
 @dataclass(frozen=True)
@@ -179,7 +181,7 @@ def main() -> int:
     torch.set_num_threads(1)
     sb3, sb3_goals = against_sb3(args.rounds)
     mlp, mlp_goals = against_mlp(args.rounds)
-    return finish("learner", sb3_goals + mlp_goals, rounds=args.rounds, against_sb3=sb3, against_mlp=mlp)
+    return finish(args.name, sb3_goals + mlp_goals, rounds=args.rounds, against_sb3=sb3, against_mlp=mlp)
 
 
 if __name__ == "__main__":

@@ -121,6 +121,17 @@ def test_config_can_be_changed_and_a_typo_is_refused(smolvla, observation):
         load_base(f"lerobot:{smolvla}", config={"num_stps": 2})
 
 
+def test_a_policy_that_reads_an_environment_state_is_refused(tmp_path):
+    pytest.importorskip("lerobot.policies")
+    tiny_lerobot.save("diffusion", tmp_path)
+    path = tmp_path / "config.json"
+    tree = json.loads(path.read_text())
+    tree["input_features"]["observation.environment_state"] = {"type": "ENV", "shape": [3]}
+    path.write_text(json.dumps(tree))
+    with pytest.raises(NotSteerableError, match="reads observation.environment_state, which no observation here"):
+        load_base(f"lerobot:{tmp_path}")
+
+
 def test_the_ddpm_remedy_works(tmp_path, observation):
     pytest.importorskip("lerobot.policies")
     tiny_lerobot.save("diffusion", tmp_path, noise_scheduler_type="DDPM", num_inference_steps=None)
@@ -159,6 +170,17 @@ def test_a_base_in_bfloat16_takes_float32_noise(kind, tmp_path, observation):
     assert half.encode(unsqueeze(seen)).feature.dtype == torch.float32
     apart = (half.act(seen, seed=0) - full.act(seen, seed=0)).abs().max()
     assert 0 < apart < 0.5 * report.noise_effect
+
+
+@pytest.mark.parametrize("kind", ["pi0", "xvla"])
+def test_float32_is_float32_whatever_the_checkpoint_says(kind, tmp_path):
+    pytest.importorskip("lerobot.policies")
+    tiny_lerobot.save(kind, tmp_path)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"dtype": "bfloat16"}))
+    with tiny_lerobot.sizes(kind):
+        base = load_base(f"lerobot:{tmp_path}")
+    assert base.spec.dtype == "float32" and {p.dtype for p in base.model.parameters()} == {torch.float32}
 
 
 def test_a_policy_that_is_not_served_in_bfloat16_says_so(tmp_path):

@@ -67,8 +67,7 @@ def load(
         policy = _policy_class(kind).from_pretrained(folder, config=policy_config)
     check_loaded(policy, weights, source)
     split = split_class(policy)
-    if dtype != "float32":
-        split.cast(DTYPES[dtype])
+    split.cast(DTYPES[dtype])  # whatever the checkpoint's config says
     preprocess, postprocess = _processors(folder, source, policy_config, device)
     return LeRobotPolicy(
         split,

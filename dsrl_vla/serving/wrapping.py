@@ -1,7 +1,14 @@
 """For those who run openpi's own server: a policy around theirs that takes noise from the wire, and says so.
 
 >>> from openpi.serving.websocket_policy_server import WebsocketPolicyServer
->>> policy = SteerablePolicy(policy, spec)                                     # an openpi Policy
+>>> def translate(one):  # LeRobot's names to those that this policy's transforms read; here LIBERO's
+...     return {
+...         "observation/image": one["observation.images.image"],
+...         "observation/wrist_image": one["observation.images.wrist_image"],
+...         "observation/state": one["observation.state"],
+...         "prompt": one["task"],
+...     }
+>>> policy = SteerablePolicy(policy, spec, translate)                          # an openpi Policy
 >>> WebsocketPolicyServer(policy, metadata=policy.metadata).serve_forever()    # remote:ws://… can steer it
 
 Their server keeps no encodings, so a client of ours sends the observation again for every noise, and there is no
@@ -29,7 +36,8 @@ class SteerablePolicy:
 
     Args:
         spec: what clients are told of the policy.
-        translate: from our observation (LeRobot's dictionary, single) to the policy's; by default as it is.
+        translate: from our observation (LeRobot's dictionary, single) to the policy's; by default as it is, which
+            openpi's own policies cannot read.
     """
 
     def __init__(self, policy: Any, spec: PolicySpec, translate: Any = dict):

@@ -2,9 +2,10 @@
 
     python benchmarks/make_robosuite_bases.py [--tasks lift] [--data FOLDER]
 
-Ten minutes on one core for Lift or Can, forty for Square. Demonstrations are kept in FOLDER, and made again only where
-they are missing. They are no people's, and not the Robomimic data set: in about half of the episodes the operator sees
-the object 4.5 cm from where it is, and mostly fails; failures are kept. Writes dsrl_vla/data/bases/<task>/.
+Ten minutes on one core for Lift or Can, forty for can-hard or Square. Demonstrations are kept in FOLDER, and made
+again only where they are missing. They are no people's, and not the Robomimic data set: in half of the episodes, or
+six of ten, the operator sees the object 4.5 cm from where it is, and mostly fails; failures are kept.
+Writes dsrl_vla/data/bases/<task>/.
 """
 
 from __future__ import annotations
@@ -40,7 +41,12 @@ class Demos:
     """Standard deviation of the operator's hand, in action units."""
 
 
-TASKS = {"lift": Demos("Lift", 60), "can": Demos("Can", 150), "square": Demos("Square", 200)}
+TASKS = {
+    "lift": Demos("Lift", 60),
+    "can": Demos("Can", 150),
+    "can-hard": Demos("Can", 150, episodes=900, offset_share=0.6),
+    "square": Demos("Square", 200),
+}
 CARD = """---
 library_name: dsrl-vla
 pipeline_tag: robotics

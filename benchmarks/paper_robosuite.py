@@ -1,6 +1,6 @@
 """After Figures 4 and 5 of arXiv 2506.15799: steering a frozen diffusion policy on robosuite's Lift, Can and Square.
 
-    python benchmarks/paper_robosuite.py [--tasks lift can square] [--variants sac na …] [--seeds 0 1 2]
+    python benchmarks/paper_robosuite.py [--tasks lift can can-hard square] [--variants sac na …] [--seeds 0 1 2]
 
 Not the paper's setting: the base is a clone of a scripted operator (`make_robosuite_bases.py`), not of Robomimic's
 people. `sac`, `na` and `na-exact` are the shipped recipe robosuite-<task> by each algorithm; `offline-to-online`
@@ -45,7 +45,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "train": EARLY | {"learning_starts": 1},
     },
 }
-OF_TASK = {"lift": ("sac", "na", "na-exact", "offline-to-online")}
+OF_TASK = {"lift": ("sac", "na", "na-exact", "offline-to-online"), "can-hard": ("offline-to-online", "na")}
 OTHERS = tuple(name for name in VARIANTS if name != "offline-to-online")
 """Variants of the tasks not named above: there the early runs tell what offline data save."""
 OWN = ("steered", "steered_stochastic", "difference", "env_steps", "updates", "train_seconds")
@@ -55,7 +55,7 @@ OWN = ("steered", "steered_stochastic", "difference", "env_steps", "updates", "t
 class Args:
     """What to run."""
 
-    tasks: tuple[str, ...] = ("lift", "can", "square")
+    tasks: tuple[str, ...] = ("lift", "can", "can-hard", "square")
     variants: tuple[str, ...] = tuple(VARIANTS)
     seeds: tuple[int, ...] = (0, 1, 2)
     out: Path = field(default=Path(__file__).parent / "results" / "paper_robosuite.json")

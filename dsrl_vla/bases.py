@@ -52,7 +52,7 @@ def _check_options(adapter: str, loader: Callable[..., FrozenPolicy], options: M
     if any(parameter.kind is parameter.VAR_KEYWORD for parameter in known.values()):
         return
     for option in options:
-        if option not in known:
+        if option not in known or option == "source":
             raise unknown(f"option of the adapter '{adapter}:'", option, set(known) - {"source", "uri"})
 
 

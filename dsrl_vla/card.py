@@ -9,11 +9,10 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
-import yaml
-
 from .artefact import CURVES, EVAL, RECIPE, VIDEO
 from .head_config import HeadConfig
 from .measures import shown, shown_gain, value, yardstick
+from .recipe import base_beside
 
 _METRICS = {"success": "success_rate", "return": "mean_return"}
 _HUB_ID = re.compile(r"[\w.-]{1,96}/[\w.-]{1,96}")
@@ -60,8 +59,7 @@ def _uri(config: HeadConfig) -> str:
 
 def _base_arguments(uri: str, folder: Path) -> str:
     """What `load_base` is called with: the URI, and the options that the run's recipe gives the adapter."""
-    recipe = yaml.safe_load((folder / RECIPE).read_text()) if (folder / RECIPE).is_file() else {}
-    options = recipe.get("base", {}).get("options", {})
+    options = base_beside(folder).options
     return ", ".join([json.dumps(uri), *(f"{name}={value!r}" for name, value in options.items())])
 
 

@@ -88,7 +88,7 @@ class Collector(AnyCollector):
         layout = self.head.layout
         latent = layout.sample(self.streams)[:, 0] if warm_up else self.head.latent(inputs, self.streams)
         chunks, extras = self.keeper.denoise(self.base, encoding, self.head, inputs, latent, self.streams)
-        sound &= finite_rows({"latent": latent, "chunk": chunks}, count)
+        sound &= finite_rows({"latent": latent, "chunk": chunks} | extras, count)
         chunks[torch.from_numpy(~sound)] = 0.0
         self.replay.attach(numbers, _made_finite(extras, sound))
         self.windows.observed(np.flatnonzero(sound), numbers[sound])

@@ -57,5 +57,6 @@ def make_collector(
         first_seed=first_seed,
         workers=rollout.workers,
         threads=recipe.train.threads,
+        max_faults=recipe.train.max_faults,
     )
     return Crew(head, replay, spec, rollout, faults)

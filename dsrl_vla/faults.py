@@ -39,6 +39,10 @@ class Faults:
         """
         self.counts[kind] += 1
         log.warning("fault %d of %d, skipped: %s", self.counts.total(), self.limit, words)
+        self.check(words)
+
+    def check(self, words: str) -> None:
+        """Raise TooManyFaultsError if there are; `words` tell of the last."""
         if self.counts.total() >= self.limit:
             found = ", ".join(f"{count} x {name}" for name, count in self.counts.items())
             raise TooManyFaultsError(

@@ -80,7 +80,7 @@ def check_episode(episode: OfflineEpisode, number: int, base: FrozenPolicy) -> i
         raise bad(f"offline episode {number}: action", f"shape (T, {spec.action_dim}) with T > 0", shape)
     if np.shape(episode["reward"]) != (length,):
         raise bad(f"offline episode {number}: reward", f"shape ({length},)", np.shape(episode["reward"]))
-    for key in ("action", "reward"):
+    for key in ("action", "reward", STATE):
         if not np.isfinite(episode[key]).all():
             raise bad(f"offline episode {number}: {key}", "finite numbers", "NaN or infinity")
     return length
@@ -195,7 +195,7 @@ class MixedReplay:
 
     def held(self, name: str) -> torch.Tensor:
         """As `Replay.held`."""
-        return torch.cat([r.held(name) for r in self._filled()])
+        return torch.cat([r.held(name) for r in self._filled() if len(r)])
 
     def _filled(self) -> Iterator[Replay]:
         return (r for r in (self.online, self.offline) if r.observed)

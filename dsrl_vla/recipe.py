@@ -44,9 +44,12 @@ class BaseConfig:
     """What else the adapter's `load` takes: for lerobot:, say, ``cameras: {<of the task>: <of the policy>}``."""
 
     def __post_init__(self) -> None:
-        for name in ("dtype", "device", "uri"):
+        for name in ("dtype", "device", "uri", "source"):
             if name in self.options:
-                raise bad("base.options", f"no '{name}', which is a field of base itself", self.options)
+                raise bad("base.options", f"no '{name}', which the other fields of base say", self.options)
+        if "api_key" in self.options:
+            raise bad("base.options", "no secrets, for a recipe is written down and shared", "an api_key",
+                      "Set DSRL_VLA_API_KEY.")  # fmt: skip
 
     def load(self, **instead: Any) -> FrozenPolicy:
         """Load it, some options replaced; raises what `dsrl_vla.load_base` raises."""
@@ -162,6 +165,8 @@ class Recipe:
             raise bad("eval.baselines best-of-k", "algorithm na or na-exact, which have a Q^A", "sac")
         if self.train.env_steps == 0 and not (self.offline.source and self.offline.updates):
             raise bad("train.env_steps", "1 or more, or offline.source and offline.updates", 0)
+        if self.algorithm == "na-exact" and self.rollout.backend != "inline":
+            raise bad("algorithm", "sac or na with workers: the prefixes are too much to send", "na-exact")
         if self.offline.updates and not self.offline.source:
             raise bad("offline.updates", "offline.source to go with it", f"{self.offline.updates} and no source")
 
@@ -184,6 +189,16 @@ def load_recipe(source: str | Path, overrides: Mapping[str, Any] | None = None) 
     tree = _merge(tree, dict(overrides or {}))
     tree.setdefault("name", Path(str(source)).stem)
     return from_plain(Recipe, tree, "")
+
+
+def base_beside(folder: Path) -> BaseConfig:
+    """What the resolved recipe in a head's folder says of the base; the defaults where there is none.
+
+    Raises:
+        DsrlError: it is no recipe.
+    """
+    path = folder / "recipe.yaml"
+    return load_recipe(path).base if path.is_file() else BaseConfig()
 
 
 def differing(one: Recipe, other: Recipe) -> list[str]:
@@ -230,6 +245,7 @@ def _merge(under: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
     merged = dict(under)
     for key, value in over.items():
         both = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        both = both and (key != "options" or bool(value))  # of another base: {} clears them
         merged[key] = _merge(merged[key], value) if both else value
     return merged
 

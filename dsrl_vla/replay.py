@@ -203,8 +203,9 @@ class Replay:
         return {k: v[: min(self.observed, self.rows)] for k, v in self.inputs.items()}
 
     def held(self, name: str) -> torch.Tensor:
-        """One of the extras, of all observations held, (N, …)."""
-        return self.extras[name][: min(self.observed, self.rows)]
+        """One of the extras, of all observations that a transition begins at, (N, …): others need not have it."""
+        begun = self.index[: min(self.added, self.capacity), 0].unique() % self.rows
+        return self.extras[name][begun]
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """The store as named tensors, cut to what is filled."""

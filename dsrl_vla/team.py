@@ -61,6 +61,8 @@ class LaunchedTeam(Team):
         state = PartialState(cpu=True, timeout=_PATIENCE)
         self.rank, self.size = state.process_index, state.num_processes
         self.leads = self.rank == 0
+        self._midway = False
+        """Whether an update was left before its end: the others wait in it, and hear nothing but that we are gone."""
         atexit.register(state.destroy_process_group)  # gloo aborts a process that ends while its threads run
 
     def agree(self, learner: LatentSAC) -> None:
@@ -78,11 +80,14 @@ class LaunchedTeam(Team):
 
     def update(self, learner: LatentSAC, batch: Batch) -> Info:
         """As `Team.update`."""
+        self._midway = True
         self._tell(_UPDATE, _flatten(batch))
-        return self._update(learner, batch)
+        info = self._update(learner, batch)
+        self._midway = False
+        return info
 
     def __exit__(self, *_: object) -> None:
-        if self.leads:
+        if self.leads and not self._midway:
             self._tell(_STOP, {})
 
     def follow(self, build: Callable[[HeadConfig, tuple[float, float]], LatentSAC]) -> SteeringHead:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
+from .errors import bad
 from .faults import Faults, LastGood, all_finite
 from .latent_sac import LatentSAC
 from .offline import MixedReplay
@@ -44,7 +45,8 @@ class Updates:
             return
         if self.learner.updates == 0:
             self.learner.fit_normaliser(self.data)
-            self.good.keep()  # or undoing the first updates would undo this too, and nothing is fitted twice
+            if not self.good.keep():  # or undoing the first updates would undo this too, and nothing is fitted twice
+                raise bad("training data", "finite observations and actions", "some that are not")
         if not self._agreed:
             self.team.agree(self.learner)
             self._agreed = True

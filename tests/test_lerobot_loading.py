@@ -97,6 +97,22 @@ def test_weights_that_lerobot_could_not_load_are_not_served(kind, tmp_path):
         load_base(f"lerobot:{tmp_path}")
 
 
+def test_weights_may_be_renamed_tied_cast_or_transposed(tmp_path):
+    from dsrl_vla.adapters.lerobot.weights import check_loaded
+    from safetensors.torch import save_file
+
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(3, 5), torch.nn.Linear(5, 5))
+    first, second = model[0].weight.detach(), model[1].weight.detach()
+    biases = {str(number): layer.bias.detach() for number, layer in enumerate(model)}
+    kept = biases | {"old.name": first.T.contiguous(), "another": second.bfloat16()}
+    save_file(kept, tmp_path / "model.safetensors")
+    check_loaded(model, tmp_path / "model.safetensors", "there")
+    torch.nn.init.normal_(model[1].weight)
+    with pytest.raises(DsrlError, match=r"all of its 4 weights to come from model.safetensors, got 1 .*\(1.weight\)"):
+        check_loaded(model, tmp_path / "model.safetensors", "there")
+
+
 def test_a_processor_step_from_elsewhere_is_not_loaded(smolvla, tmp_path):
     folder = shutil.copytree(smolvla, tmp_path / "odd")
     path = folder / "policy_postprocessor.json"

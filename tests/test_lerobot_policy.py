@@ -26,6 +26,7 @@ from dsrl_vla.networks import NetworkConfig
 from dsrl_vla.noise import NoiseLayout
 from lerobot_policy_dsrl import DsrlPolicy
 from lerobot_policy_dsrl.export import write_policy
+from lerobot_policy_dsrl.modeling_dsrl import camera_of
 
 CAMERA, SERVED = "observation.image", "observation.images.image"
 # LeRobot does not tell PushT the size it declares: what comes is 96 x 96
@@ -218,6 +219,19 @@ def test_a_wrong_base_or_a_new_policy_is_refused(steered, base_folder):
         DsrlPolicy.from_pretrained(steered, config=config)
     with pytest.raises(DsrlError, match="a policy of type 'dsrl', got 'smolvla'"):
         DsrlPolicy.from_pretrained(base_folder)
+
+
+def test_what_the_base_was_loaded_with_goes_along(base_folder, tmp_path):
+    """A camera that goes by the task's name, in LeRobot's hands too."""
+    camera = camera_of(next(iter(load_base(f"lerobot:{base_folder}").image_features)))
+    options = {"cameras": {"front": camera}}
+    base = load_base(f"lerobot:{base_folder}", **options)
+    layout = NoiseLayout(base.spec.noise, "repeat", 1.5, "live")
+    head = SteeringHead(HeadConfig.for_base(base.spec, layout, NetworkConfig(width=16, layers=1)))
+    write_policy(tmp_path / "policy", head, base, options=options)
+    policy = DsrlPolicy.from_pretrained(tmp_path / "policy")
+    assert policy.config.base_options == options and "observation.images.front" in policy.config.image_features
+    assert list(policy.base.spec.observation.cameras) == ["front"]
 
 
 def test_lerobot_eval_runs_our_tasks_on_our_episodes(fork_recipe, tmp_path):

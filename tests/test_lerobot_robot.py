@@ -1,5 +1,7 @@
 """`robot:` on LeRobot's own classes: a robot by its registered type, a reward model of LeRobot's."""
 
+import json
+
 import numpy as np
 import pytest
 import yaml
@@ -116,3 +118,22 @@ def test_a_reward_model_sees_what_its_training_normalised(classifier, caplog):
     make_classifier_processor(config, statistics)[0].save_pretrained(folder)
     found = load_reward_model(str(folder), 0.5).preprocess({name: raw})[name]
     assert torch.allclose(found, (raw - 0.5) / 0.1, atol=1e-4)
+    path = folder / "classifier_preprocessor.json"
+    tree = json.loads(path.read_text())
+    tree["steps"].append({"class": "subprocess.Popen", "config": {"args": ["true"]}})
+    path.write_text(json.dumps(tree))
+    with pytest.raises(DsrlError, match="expected processor steps that are LeRobot's own, got 'subprocess.Popen'"):
+        load_reward_model(str(folder), 0.5)
+
+
+def test_a_reward_model_whose_head_did_not_load_does_not_judge(classifier):
+    from dsrl_vla.robots.rewards import load_reward_model
+    from safetensors.torch import load_file, save_file
+
+    folder, _ = classifier
+    tensors = load_file(folder / "model.safetensors")
+    renamed = {key.replace("classifier_head", "head"): value for key, value in tensors.items()}
+    del renamed["head.0.weight"]
+    save_file(renamed, folder / "model.safetensors")
+    with pytest.raises(DsrlError, match=r"weights to come from model.safetensors, got .*classifier_head.0.weight"):
+        load_reward_model(str(folder), 0.5)

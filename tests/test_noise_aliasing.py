@@ -46,6 +46,16 @@ def collected(fork_base, algorithm):
     return learner, replay
 
 
+def test_the_scale_of_actions_is_that_of_actions(collected):
+    """An observation that an episode ran out at has none: its empty row is not to count."""
+    learner, replay = collected
+    begun = {int(number) for number in replay.index[: len(replay), 0]}
+    assert len(begun) < replay.observed and (replay.extras[ACTION][: replay.observed] == 0).flatten(1).all(1).any()
+    held = replay.held(ACTION)
+    assert len(held) == len(begun) and not (held == 0).flatten(1).all(1).any()
+    assert torch.allclose(learner.action_critic.action_mean, held.flatten(0, 1).mean(0), atol=1e-5)
+
+
 @pytest.mark.parametrize("algorithm", ["na"], indirect=True)
 def test_the_bank_tells_the_truth_and_starts_with_what_was_executed(collected, fork_base):
     learner, replay = collected

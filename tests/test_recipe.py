@@ -1,6 +1,7 @@
 import pytest
 import yaml
-from dsrl_vla import load_recipe
+from dsrl_vla import load_base, load_recipe
+from dsrl_vla.bases import adapters
 from dsrl_vla.errors import DsrlError, UnknownNameError
 from dsrl_vla.pretraining import load_pretrain_recipe
 from dsrl_vla.recipes import shipped
@@ -115,5 +116,28 @@ def test_an_adapters_own_options_are_part_of_a_recipe(write):
     assert set(without) == {"base.options", "base.options.cameras.front"}
     with pytest.raises(UnknownNameError, match="option of the adapter 'nano:' 'cameras'.*Known: device, dtype"):
         recipe.base.load()
-    with pytest.raises(DsrlError, match="base.options: expected no 'dtype', which is a field of base itself"):
-        load_recipe(write("base: {options: {dtype: bfloat16}}"))
+    child = write(f"extends: {path}\nbase: {{uri: 'remote:ws://gpu:8000', options: {{}}}}", "child.yaml")
+    assert load_recipe(child).base.options == {}
+    assert read_recipe(str(path), ["--base.options", "{}"]).base.options == {}
+    assert read_recipe(str(path), ["--base.options", "{config: {num_steps: 2}}"]).base.options["config"] == {
+        "num_steps": 2
+    }
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ("dtype: bfloat16", "expected no 'dtype', which the other fields of base say"),
+        ("source: there", "expected no 'source'"),
+        ("api_key: secret", "expected no secrets.*Set DSRL_VLA_API_KEY"),
+    ],
+)
+def test_what_is_no_adapters_option_is_refused(write, options, words):
+    with pytest.raises(DsrlError, match=f"base.options: {words}"):
+        load_recipe(write(f"base: {{options: {{{options}}}}}"))
+
+
+@pytest.mark.parametrize("adapter", sorted(adapters()))
+def test_an_option_that_an_adapter_does_not_have_is_named(adapter):
+    with pytest.raises(UnknownNameError, match=f"unknown option of the adapter '{adapter}:' 'num_stps'"):
+        load_base(f"{adapter}:x", num_stps=5)

@@ -12,6 +12,7 @@ import pytest
 import torch
 from dsrl_vla import load_recipe, train
 from dsrl_vla.errors import DsrlError, MismatchError, MissingExtraError, WorkerLostError
+from dsrl_vla.faults import TooManyFaultsError
 from dsrl_vla.run_dir import Metrics, load_checkpoint
 from dsrl_vla.workers.crew import Crew
 
@@ -279,9 +280,9 @@ def test_workers_can_share_one_served_base(fork_base, served, tmp_path, backend,
     assert run.evaluation["env_steps"] >= 300
 
 
-def test_faults_in_a_worker_are_counted_and_said_by_the_learner(fork_folder, tmp_path, monkeypatch, caplog):
+@pytest.fixture
+def in_this_process(monkeypatch):
     """The real worker, in this process, where its task can be made ill."""
-    from dsrl_vla.tasks.point import Fork
     from dsrl_vla.workers import links
     from dsrl_vla.workers.worker import RolloutWorker
 
@@ -299,6 +300,13 @@ def test_faults_in_a_worker_are_counted_and_said_by_the_learner(fork_folder, tmp
         def close(self):
             self.worker.collector.task.close()
 
+    monkeypatch.setitem(links.LINKS, "process", Here)
+
+
+@pytest.mark.usefixtures("in_this_process")
+def test_faults_in_a_worker_are_counted_and_said_by_the_learner(fork_folder, tmp_path, monkeypatch, caplog):
+    from dsrl_vla.tasks.point import Fork
+
     begin, advance = Fork.begin, Fork.advance
 
     def ill_begin(self, seed):
@@ -311,10 +319,32 @@ def test_faults_in_a_worker_are_counted_and_said_by_the_learner(fork_folder, tmp
 
     monkeypatch.setattr(Fork, "begin", ill_begin)
     monkeypatch.setattr(Fork, "advance", ill_advance)
-    monkeypatch.setitem(links.LINKS, "process", Here)
     train(recipe_of(fork_folder), tmp_path / "run", evaluate_after=False)
     assert last(tmp_path / "run")[1]["collector"]["faults"] == {"episode": 2}
     assert "fault 2 of 20, skipped: episode of seed 1000007" in caplog.text
+
+
+def test_a_round_with_too_many_faults_comes_to_an_end():
+    """Where every episode begins ill, there would be no other: the learner is told nothing until a round is over."""
+    from dsrl_vla.workers.worker import _Noted
+
+    faults = _Noted(3)
+    faults.add("reset", "one"), faults.add("reset", "two")
+    assert faults.take() == [["reset", "one"], ["reset", "two"]]  # a new round
+    faults.add("reset", "three"), faults.add("reset", "four")
+    with pytest.raises(TooManyFaultsError, match="3 x reset .train.max_faults 3.; the last: five"):
+        faults.add("reset", "five")
+
+
+def test_parcels_are_not_held_to_a_strangers_limits():
+    from dsrl_vla.serving.wire import WireError
+    from dsrl_vla.serving.wire import unpack as unpack_a_strangers
+    from dsrl_vla.workers.parcels import pack, unpack
+
+    rows = pack({f"row.{number}": np.zeros(2) for number in range(2000)})
+    assert len(unpack(rows)) == 2000
+    with pytest.raises(WireError, match="within the protocol's limits"):
+        unpack_a_strangers(rows)
 
 
 @pytest.fixture(scope="module")
@@ -387,3 +417,5 @@ def test_what_a_recipe_may_not_ask_for(fork_folder):
     ):
         with pytest.raises(DsrlError, match=words):
             recipe_of(fork_folder, rollout=rollout)
+    with pytest.raises(DsrlError, match="algorithm: expected sac or na with workers.*, got na-exact"):
+        recipe_of(fork_folder, algorithm="na-exact")

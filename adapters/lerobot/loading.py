@@ -19,7 +19,9 @@ from dsrl_vla.plain import read_object
 from ..refusals import refuse_unsteerable
 from ..transformers_pi0 import DTYPES, resolve
 from .policy import LeRobotPolicy
+from .split import Split
 from .splits import KNOWN, find_split
+from .steps import own_steps
 from .weights import check_loaded
 
 _PROCESSORS = {"pre": "policy_preprocessor.json", "post": "policy_postprocessor.json"}
@@ -60,6 +62,8 @@ def load(
     _configure(policy_config, folder, dict(config or {}), device)
     split_class = find_split(kind)
     split_class.refuse(policy_config)
+    if split_class.cast is not Split.cast and hasattr(policy_config, "dtype"):
+        policy_config.dtype = dtype  # or weights in float32 would be read into a model in bfloat16
     weights = folder / "model.safetensors"
     if not weights.exists():
         raise bad(f"base '{source}'", "a model.safetensors", "none in that folder")
@@ -138,17 +142,13 @@ def _processors(folder: Path, source: str, config: Any, device: str) -> tuple[An
 
     overrides: dict[str, dict[str, Any]] = {"pre": {}, "post": {}}
     for side, name in _PROCESSORS.items():
-        for step in _read_json(folder / name, source, "LeRobot's processor files (0.6 or newer)")["steps"]:
-            key = step.get("registry_name") or step.get("class", "")
-            if not step.get("registry_name") and not key.startswith("lerobot."):
-                raise bad(
-                    f"{source}/{name}", "processor steps that are LeRobot's own", f"'{key}'", "It is not loaded."
-                )
-            local = {
-                k: p for k, v in step.get("config", {}).items() if isinstance(v, str) and (p := _beside(folder, v))
-            }
+        path = folder / name
+        if not path.exists():
+            raise bad(f"base '{source}'", f"LeRobot's processor files (0.6 or newer), with a {name}", "none there")
+        for key, settings in own_steps(path, f"{source}/{name}").items():
+            local = {k: p for k, v in settings.items() if isinstance(v, str) and (p := _beside(folder, v))}
             if local:
-                overrides[side][key.rpartition(".")[2]] = local
+                overrides[side][key] = local
     overrides["pre"]["device_processor"] = {"device": device}
     with _explained(config.type, source), _quiet():
         return make_pre_post_processors(

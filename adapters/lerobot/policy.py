@@ -106,6 +106,12 @@ class LeRobotPolicy(FrozenPolicy):
 
         self._relative({TransitionKey.OBSERVATION: {STATE: state}})
 
+    @property
+    def image_features(self) -> dict[str, Any]:
+        """The policy's camera features, those that go by another name here under that name."""
+        own = self.split.config.image_features
+        return {key if _camera(key) == name else IMAGE_PREFIX + name: own[key] for name, key in self._keys.items()}
+
     def pack(self, encoding: Encoding) -> dict[str, torch.Tensor]:
         return dict(encoding.context.tensors)
 
@@ -129,13 +135,18 @@ class LeRobotPolicy(FrozenPolicy):
         return found
 
 
+def _camera(key: str) -> str:
+    """``observation.images.front`` -> front; LeRobot's only camera, ``observation.image``, is called image."""
+    return key.removeprefix(IMAGE_PREFIX).removeprefix("observation.")
+
+
 def _camera_keys(split: Split, renamed: Mapping[str, str]) -> tuple[dict[str, str], dict[str, Any]]:
     """Return (camera -> the policy's key, camera -> shape or None) in the policy's own order."""
     known: dict[str, str] = {}
     shapes: dict[str, tuple[int, int, int] | None] = {}
     back = {theirs: ours for ours, theirs in renamed.items()}
     for key, feature in split.config.image_features.items():
-        theirs = key.removeprefix(IMAGE_PREFIX).removeprefix("observation.")
+        theirs = _camera(key)
         if theirs.startswith("empty_camera_"):
             continue
         camera = back.pop(theirs, theirs)

@@ -11,13 +11,14 @@ from typing import Any
 import torch
 from dsrl_vla.errors import bad
 
-_UNREAD = "lm_head"
-"""Words are not what a policy samples: some checkpoints come without what would choose them."""
+_UNREAD = ("lm_head", "video_encoder", "video_predictor")
+"""What chooses words or foresees videos does not act: some checkpoints come without it."""
 _LOOKED_AT = 64
 
 
 def check_loaded(model: Any, file: Path, source: str) -> None:
-    """Find every parameter among the file's tensors: by a sample of its values, for LeRobot renames, ties and casts.
+    """Find every parameter among the file's tensors: by a sample of its values, for LeRobot renames, ties, casts and
+    transposes.
 
     Raises:
         DsrlError: some are not there.
@@ -25,8 +26,9 @@ def check_loaded(model: Any, file: Path, source: str) -> None:
     from safetensors import safe_open
 
     with safe_open(file, "pt") as tensors:
-        there = {_sample(tensors.get_tensor(name)) for name in tensors.keys()}  # noqa: SIM118
-    named = [(name, _sample(parameter)) for name, parameter in model.named_parameters() if _UNREAD not in name]
+        kept = [tensors.get_tensor(name) for name in tensors.keys()]  # noqa: SIM118
+    there = {_sample(tensor) for tensor in kept} | {_sample(tensor.T) for tensor in kept if tensor.ndim == 2}
+    named = [(n, _sample(p)) for n, p in model.named_parameters() if not any(part in n for part in _UNREAD)]
     absent = [name for name, sample in named if sample not in there]
     if absent:
         some = ", ".join(absent[:3]) + (", …" if len(absent) > 3 else "")

@@ -15,6 +15,7 @@ from urllib.parse import parse_qsl
 
 from dsrl_vla.errors import DsrlError, bad, unknown
 
+from .keys import KeyMap
 from .policy import OpenPi, missing_openpi, not_a_flow
 
 PUBLISHED = "gs://openpi-assets/checkpoints/"
@@ -22,14 +23,25 @@ DTYPES = ("bfloat16", "float32")
 _OPTIONS = {"executed_steps": int, "num_steps": int, "pool": str}
 
 
-def load(source: str, *, dtype: str = "bfloat16", device: str = "", uri: str = "", **options: Any) -> OpenPi:
+def load(
+    source: str,
+    *,
+    dtype: str = "bfloat16",
+    device: str = "",
+    uri: str = "",
+    executed_steps: int | None = None,
+    num_steps: int | None = None,
+    pool: str | None = None,
+    keys: KeyMap | None = None,
+) -> OpenPi:
     """Load a policy by openpi's config name, with its checkpoint and normalisation statistics.
 
     Args:
         source: ``<config>[@<checkpoint>][?<option>=<value>&…]``, as above.
         dtype: bfloat16, as openpi serves it, or float32.
         device: cpu, cuda, cuda:<n>; by default the first accelerator that JAX or torch sees.
-        options: as in the URI: ``executed_steps``, ``num_steps``, ``pool``; and ``keys``.
+        executed_steps, num_steps, pool: as in the URI, over which they go.
+        keys: how the policy names its inputs.
 
     Raises:
         NotSteerableError: a π0-FAST config. UnknownNameError: no such config or option; names the nearest.
@@ -50,7 +62,9 @@ def load(source: str, *, dtype: str = "bfloat16", device: str = "", uri: str = "
     if config.model.model_type == ModelType.PI0_FAST:
         raise not_a_flow(uri, name)
     policy = _build(config, _fetch(name, checkpoint), dtype, device)
-    return OpenPi(policy, config=name, uri=uri, **{**asked, **options})
+    given = {"executed_steps": executed_steps, "num_steps": num_steps, "pool": pool, "keys": keys}
+    options = asked | {option: value for option, value in given.items() if value is not None}
+    return OpenPi(policy, config=name, uri=uri, **options)
 
 
 def parse(source: str) -> tuple[str, str, dict[str, Any]]:

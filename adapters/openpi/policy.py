@@ -57,7 +57,7 @@ class OpenPi(FrozenPolicy):
         if pool not in ("mean", "last_pad"):
             raise bad("openpi pool", "mean or last_pad", f"'{pool}'")
         uri = uri or f"openpi:{config}"
-        self.policy = policy
+        self.policy, self._pool = policy, pool
         self.sampler = _sampler(policy, num_steps, pool, uri)
         self.keys = keys or keys_for(config, policy._input_transform.transforms)
         horizon, dim = self.sampler.horizon, self.sampler.dim
@@ -104,9 +104,11 @@ class OpenPi(FrozenPolicy):
         return self.sampler.state_dict()
 
     def processors(self) -> dict[str, Any]:
-        """openpi's transforms in their order, each with its settings: statistics, form of the prompt, deltas."""
+        """openpi's transforms in their order, each with its settings (statistics, form of the prompt, deltas); and how
+        the feature is pooled, unless in the usual way."""
         sides = {"input": self.policy._input_transform, "output": self.policy._output_transform}
-        return {
+        pooled = {} if self._pool == "mean" else {"pool": self._pool}
+        return pooled | {
             f"{side}.{index}.{type(transform).__name__}": _plain(transform)
             for side, composed in sides.items()
             for index, transform in enumerate(composed.transforms)

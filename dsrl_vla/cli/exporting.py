@@ -77,7 +77,7 @@ def run_export_policy(argv: list[str]) -> int:
     from ..errors import DsrlError
     from ..head import SteeringHead
     from ..head_config import CONFIG
-    from ..recipe import BaseConfig
+    from ..recipe import BaseConfig, base_beside
     from ..training import load_run
 
     try:
@@ -92,8 +92,10 @@ def run_export_policy(argv: list[str]) -> int:
         config = recipe.base
     else:
         head = SteeringHead.from_pretrained(args.source)
-        config = BaseConfig(head.config.base_uri)
-    base = replace(config, uri=args.base or config.uri).load()
-    write_policy(args.out, head, base, config.dtype)
+        config = BaseConfig(head.config.base_uri, options=base_beside(args.source).options)
+    if args.base:
+        same = args.base.partition(":")[0] == config.uri.partition(":")[0]
+        config = replace(config, uri=args.base, options=config.options if same else {})
+    write_policy(args.out, head, config.load(), config.dtype, config.options)
     print(f"written: {args.out}; run it with: lerobot-eval --policy.path={args.out} --env.type=…")
     return 0

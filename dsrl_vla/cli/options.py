@@ -38,6 +38,7 @@ def read_recipe(source: str, rest: list[str]) -> Any:
         except yaml.YAMLError as error:
             words = " ".join(str(error).split())
             raise DsrlError(f"option '{option}': expected a value as YAML has it, got '{value}' ({words}).") from error
-        place[parts[-1]] = value if isinstance(parsed, dict) else parsed  # "nano:" is a URI, not a mapping
+        plain = isinstance(parsed, dict) and not value.lstrip().startswith("{")  # "nano:" is a URI, not a mapping
+        place[parts[-1]] = value if plain else parsed
     recipe: Recipe = load_recipe(source, tree)
     return recipe

@@ -96,12 +96,13 @@ def load(args: ServeArgs) -> tuple[Any, Any]:
     from ..bases import load_base
     from ..head import SteeringHead
     from ..head_config import CONFIG
+    from ..recipe import base_beside
 
     folder = Path(args.target)
     options = {name: value for name, value in (("dtype", args.dtype), ("device", args.device)) if value}
     if (folder / CONFIG).exists():
         head = SteeringHead.from_pretrained(args.head or folder)
-        return load_base(head.config.base_uri, **options), head
+        return load_base(head.config.base_uri, **base_beside(folder).options, **options), head
     if not (folder / "recipe.yaml").exists():
         if ":" not in args.target:
             raise bad("serve", "a base's URI such as 'nano:', or a run's directory", f"'{args.target}'")

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import bad, missing_extra
+from ..errors import DsrlError, bad, missing_extra
 from ..observation import IMAGE_PREFIX, PROMPT, STATE
 
 log = logging.getLogger(__name__)
@@ -94,15 +94,22 @@ def load_reward_model(source: str, threshold: float) -> ByRewardModel:
     try:
         from lerobot.configs.rewards import RewardModelConfig
         from lerobot.rewards.factory import get_reward_model_class
+        from lerobot.rewards.pretrained import PreTrainedRewardModel
     except ImportError as error:
         raise missing_extra("lerobot", "lerobot", "a reward model of LeRobot's") from error
+    from ..adapters.lerobot.weights import check_loaded
     from ..adapters.transformers_pi0 import resolve
 
+    folder, _, _ = resolve(source)
     try:
-        folder, _, _ = resolve(source)
         config = RewardModelConfig.from_pretrained(folder)
-        model = get_reward_model_class(config.type).from_pretrained(folder, config=config)
+        kind = get_reward_model_class(config.type)
+        model = kind.from_pretrained(folder, config=config)
+        if kind.from_pretrained.__func__ is PreTrainedRewardModel.from_pretrained.__func__:  # others keep parts
+            check_loaded(model, folder / "model.safetensors", source)
         preprocess = _preprocessor(folder, config)
+    except DsrlError:
+        raise
     except Exception as error:
         raise bad("reward", "a LeRobot reward model", f"'{source}' ({error})") from error
     return ByRewardModel(model.eval(), preprocess, threshold)
@@ -113,9 +120,12 @@ def _preprocessor(folder: Path, config: Any) -> Any:
     from lerobot.processor import PolicyProcessorPipeline
     from lerobot.rewards.factory import make_reward_pre_post_processors
 
+    from ..adapters.lerobot.steps import own_steps
+
     files = sorted(folder.glob("*preprocessor.json"))
     if not files:
         log.warning("reward: no *preprocessor.json in '%s': what the model sees is not normalised", folder)
         return make_reward_pre_post_processors(config)[0]
+    own_steps(files[0])
     overrides = {"device_processor": {"device": config.device}}
     return PolicyProcessorPipeline.from_pretrained(folder, config_filename=files[0].name, overrides=overrides)

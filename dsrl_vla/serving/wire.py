@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import re
+from dataclasses import dataclass
 from typing import Any
 
 import msgpack
@@ -18,7 +19,7 @@ from ..errors import DsrlError, bad
 
 MAX_BYTES = 64 * 1024**2
 """Greatest message, either way."""
-_MAX_ITEMS, _MAX_CONTAINER, _MAX_MAP, _MAX_TEXT, _MAX_DEPTH, _MAX_DIMENSIONS = 65_536, 16_384, 1024, 65_536, 16, 8
+_MAX_TEXT, _MAX_DEPTH, _MAX_DIMENSIONS = 65_536, 16, 8
 _DTYPE = re.compile(r"[<>|=]?(b1|[iu][1248]|f[248])")
 _ARRAY, _SCALAR = b"__ndarray__", b"__npgeneric__"
 
@@ -41,23 +42,38 @@ def pack(message: Any) -> bytes:
         raise WireError(f"message: expected plain data and arrays, got {error}.") from error
 
 
-def unpack(data: bytes) -> Any:
+@dataclass(frozen=True)
+class Limits:
+    """What a message may hold."""
+
+    bytes: int = MAX_BYTES
+    items: int = 65_536
+    container: int = 16_384
+    map: int = 1024
+
+
+STRANGERS = Limits()
+OUR_OWN = Limits(bytes=2**32, items=2**26, container=2**24, map=2**22)
+"""For what this program has written itself."""
+
+
+def unpack(data: bytes, limits: Limits = STRANGERS) -> Any:
     """Decode a message; arrays come as read-only views of it.
 
     Raises:
         WireError: too large, malformed, too deep, too many items, an array that is not as it says.
     """
-    if len(data) > MAX_BYTES:
-        raise _refuse("message", f"at most {MAX_BYTES} bytes", len(data))
-    reader = _Reader()
+    if len(data) > limits.bytes:
+        raise _refuse("message", f"at most {limits.bytes} bytes", len(data))
+    reader = _Reader(limits)
     try:
         message = msgpack.unpackb(
             data,
             object_hook=reader.map,
             list_hook=reader.list,
             ext_hook=_no_extension,
-            max_array_len=_MAX_CONTAINER,
-            max_map_len=_MAX_MAP,
+            max_array_len=limits.container,
+            max_map_len=limits.map,
             max_str_len=_MAX_TEXT,
             max_ext_len=0,
         )
@@ -73,8 +89,8 @@ def unpack(data: bytes) -> Any:
 class _Reader:
     """Counts what a message holds while it is decoded, innermost first, and builds its arrays."""
 
-    def __init__(self) -> None:
-        self.items = 0
+    def __init__(self, limits: Limits) -> None:
+        self.items, self.most = 0, limits.items
 
     def list(self, items: list[Any]) -> list[Any]:
         self._count(len(items))
@@ -90,8 +106,8 @@ class _Reader:
 
     def _count(self, more: int) -> None:
         self.items += 1 + more
-        if self.items > _MAX_ITEMS:
-            raise _refuse("message", f"at most {_MAX_ITEMS} items", "more")
+        if self.items > self.most:
+            raise _refuse("message", f"at most {self.most} items", "more")
 
 
 def _pack_array(value: Any) -> dict[bytes, Any]:

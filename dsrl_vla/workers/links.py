@@ -61,8 +61,10 @@ class ProcessLink:
             return self.pending.popleft().result()
         except BrokenExecutor as error:
             words = str(error).rstrip(".")
-            if not self.begun.done() or self.begun.exception():
+            if not self.pid.done() or self.pid.exception():
                 words += "; before it had begun: a script that trains with workers needs `if __name__ == '__main__':`"
+            elif not self.begun.done() or self.begun.exception():
+                words += f"; while it loaded base and environments (memory?): {error.__cause__ or 'no word from it'}"
             raise WorkerLostError(words) from error
 
     def close(self) -> None:
@@ -118,7 +120,7 @@ class RayLink:
         try:
             self.ray.get(self.begun)
             return self.ray.get(self.pending.popleft())
-        except errors.RayActorError as error:
+        except (errors.RayActorError, errors.ObjectLostError) as error:
             raise WorkerLostError(" ".join(str(error).split("\n\n")[0].split())) from error
         except errors.RayTaskError as error:
             raise error.cause from error

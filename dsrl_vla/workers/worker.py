@@ -35,22 +35,26 @@ class WorkerSpec:
     first_seed: int
     workers: int
     threads: int
+    max_faults: int
 
 
 class _Noted(Faults):
-    """Faults to be sent: the learner counts them, says them, and says when there are too many."""
+    """Faults to be sent: the learner counts them all, says them, and says when there are too many."""
 
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(self, limit: int) -> None:
+        super().__init__(limit)
         self.new: list[list[str]] = []
 
     def add(self, kind: str, words: str) -> None:
-        """Note a fault."""
+        """Note a fault. Raises TooManyFaultsError when one round has too many: it might never come to its end."""
         self.new.append([kind, words])
+        self.counts[kind] += 1
+        self.check(words)
 
     def take(self) -> list[list[str]]:
         """The faults since this was last asked."""
         new, self.new = self.new, []
+        self.counts.clear()
         return new
 
 
@@ -73,7 +77,7 @@ class RolloutWorker:
         torch.set_num_threads(spec.threads)
         base = spec.base.load()
         check_pair(spec.head, base)
-        self.head, self.outbox, self.faults = SteeringHead(spec.head), Outbox(), _Noted()
+        self.head, self.outbox, self.faults = SteeringHead(spec.head), Outbox(), _Noted(spec.max_faults)
         self.collector = Collector(
             base,
             self.head,

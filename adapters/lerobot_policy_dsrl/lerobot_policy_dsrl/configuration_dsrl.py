@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 from lerobot.configs import PreTrainedConfig
 from lerobot.optim import AdamWConfig, LRSchedulerConfig, OptimizerConfig
@@ -16,6 +17,8 @@ class DsrlConfig(PreTrainedConfig):
     base: str = ""
     """URI of the base, as `dsrl_vla.load_base` takes it: ``lerobot:owner/name@revision``."""
     base_dtype: str = "float32"
+    base_options: dict[str, Any] = field(default_factory=dict)
+    """What else the base's adapter is given: a recipe's ``base.options``."""
     steer: bool = True
     """False: the base itself, under its own noise."""
     stochastic: bool = False

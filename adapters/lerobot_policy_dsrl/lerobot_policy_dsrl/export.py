@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,21 +23,30 @@ ANY_SIZE = (3, 224, 224)  # of a camera whose images the base resizes anyway
 def features_of(base: FrozenPolicy, head: SteeringHead) -> dict[str, PolicyFeature]:
     """What base and head look at, under LeRobot's names: the base's own, if it is a policy of LeRobot's."""
     spec = base.spec.observation
-    own: Any = getattr(getattr(getattr(base, "split", None), "config", None), "image_features", None)
+    own: Any = getattr(base, "image_features", None)
     if own is None:
         own = {
             f"observation.images.{name}": PolicyFeature(FeatureType.VISUAL, (3, *shape[:2]) if shape else ANY_SIZE)
             for name, shape in spec.cameras.items()
         }
-    cameras = {key: feature for key, feature in own.items() if ".empty_camera_" not in key}
+    cameras = dict(own)
     seen = set(map(camera_of, cameras))
     own_of_head = [IMAGE_PREFIX + name for name in head.config.cameras if name not in seen]
     cameras |= dict.fromkeys(own_of_head, PolicyFeature(FeatureType.VISUAL, ANY_SIZE))
     return {**cameras, "observation.state": PolicyFeature(FeatureType.STATE, (spec.state_dim,))}
 
 
-def write_policy(out: Path, head: SteeringHead, base: FrozenPolicy, dtype: str = "float32") -> None:
+def write_policy(
+    out: Path,
+    head: SteeringHead,
+    base: FrozenPolicy,
+    dtype: str = "float32",
+    options: Mapping[str, Any] | None = None,
+) -> None:
     """Write a folder that LeRobot's ``--policy.path`` takes; `dsrl_vla.SteeringHead.from_pretrained` takes it too.
+
+    Args:
+        options: what `load_base` was given beside dtype and device.
 
     Raises:
         DsrlError: the head is not for this base; `out` exists.
@@ -49,6 +59,7 @@ def write_policy(out: Path, head: SteeringHead, base: FrozenPolicy, dtype: str =
     config = DsrlConfig(
         base=base.spec.uri,
         base_dtype=dtype,
+        base_options=dict(options or {}),
         chunk_size=steps,
         n_action_steps=steps,
         input_features=features_of(base, head),

@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from dsrl_vla import SteeringHead, load_base
+from dsrl_vla import SteeringHead
 from dsrl_vla.errors import DsrlError, bad
 from dsrl_vla.noise import generators
 from dsrl_vla.observation import IMAGE_PREFIX, PROMPT, STATE, Observations
 from dsrl_vla.policy import FrozenPolicy
+from dsrl_vla.recipe import BaseConfig
 from dsrl_vla.sources import NoiseSource, PriorNoise, SteeredNoise
 from dsrl_vla.steered_policy import SteeredPolicy
 from lerobot.configs import PreTrainedConfig
@@ -51,7 +52,7 @@ class DsrlPolicy(PreTrainedPolicy):
         super().__init__(config)
         if head is None:
             raise bad("policy 'dsrl'", "a saved one (--policy.path=DIR, from `dsrl-vla export-policy`)", "a new one")
-        base = base or load_base(config.base, dtype=config.base_dtype, device=config.device)
+        base = base or BaseConfig(config.base, config.base_dtype, config.device, config.base_options).load()
         policy = SteeredPolicy(base, head)
         if config.n_action_steps != base.spec.executed_steps:
             raise bad("policy.n_action_steps", f"{base.spec.executed_steps}, as in training", config.n_action_steps)

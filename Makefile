@@ -27,7 +27,7 @@ help:
 	@echo "make bench  measure speed and memory against their goals (about an hour)"
 	@echo "make bench-metaworld   the README's table again (about two hours on two cores)"
 	@echo "make paper  the paper's Gym benchmark, three seeds of what is missing, and benchmarks/REPORT.md (about four hours)"
-	@echo "make paper-robosuite   the same on robosuite's Lift and Can, in $(ROBOSUITE_VENV) (ten minutes and about three hours)"
+	@echo "make paper-robosuite   the same on robosuite's Lift, Can and Square, in $(ROBOSUITE_VENV) (what is missing may take a day)"
 
 $(VENV)/ready: setup.cfg pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \

@@ -169,20 +169,24 @@ def _quiet() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def resolve(source: str) -> tuple[Path, str, str]:
-    """Return (folder, repo id, resolved revision); downloads from the Hub when `source` is not a folder."""
+def resolve(source: str, what: str = "base") -> tuple[Path, str, str]:
+    """Return (folder, repo id, resolved revision); downloads from the Hub when `source` is not a folder.
+
+    Raises:
+        DsrlError: neither; says so of `what`.
+    """
     folder = Path(source).expanduser()
     if folder.is_dir():
         return folder, "", ""
     repo_id, _, revision = source.partition("@")
     if source.startswith((".", "/", "~")) or repo_id.count("/") != 1:
-        raise bad("base", "an existing folder or a Hub repository 'owner/name[@revision]'", f"'{source}'")
+        raise bad(what, "an existing folder or a Hub repository 'owner/name[@revision]'", f"'{source}'")
     from huggingface_hub import snapshot_download
 
     try:
         path = Path(snapshot_download(repo_id, revision=revision or None, allow_patterns=list(_FILES)))
     except Exception as error:
-        raise bad("base", f"a repository '{repo_id}' that can be fetched or is in the cache", f"{error}") from error
+        raise bad(what, f"a repository '{repo_id}' that can be fetched or is in the cache", f"{error}") from error
     return path, repo_id, path.name
 
 

@@ -14,6 +14,7 @@ from common import RESULTS
 
 SCRIPTS = {
     "learner": "bench_learner.py",
+    "learner-intel": "bench_learner.py",
     "update_cost": "update_cost.py",
     "prefix": "bench_prefix.py",
     "replay": "bench_replay.py",
@@ -29,7 +30,7 @@ Written by `benchmarks/report.py` from the JSON in `benchmarks/results/`; `make 
 are taken within a round, in which the compared sides take turns on one thread; a figure is the median over rounds,
 and of a single round there is no spread. The clock is CPU time, but for collecting
 while learning and for rollout workers, where it is the wall's. The machine was a shared one (two cores under other
-load): trust ratios, not milliseconds.
+load): trust ratios, not milliseconds. Ratios too differ between processors; "x86_64" was an AMD one.
 """
 GIB = 2**30
 
@@ -42,14 +43,15 @@ def load() -> dict[str, dict[str, Any]]:
 
 def goal_table(results: dict[str, dict[str, Any]]) -> list[str]:
     """Each goal in a row."""
-    rows = ["| what | found | goal | | rounds | script |", "|---|---|---|---|---|---|"]
+    rows = ["| what | found | goal | | rounds | processor | script |", "|---|---|---|---|---|---|---|"]
     for name, result in results.items():
         for goal in result["goals"]:
             sign, unit = ("≥" if goal["at_least"] else "≤"), goal["unit"].replace("x", "×")
             verdict = "met" if goal["met"] else "**missed**"
             found = f"{goal['value']:.4g}{unit} | {sign} {goal['goal']:g}{unit} | {verdict}"
             rounds = "computed" if result.get("computed") else result["rounds"]
-            rows.append(f"| {goal['what']} | {found} | {rounds} | `{SCRIPTS[name]}` |")
+            processor = result.get("machine", {}).get("processor", "")
+            rows.append(f"| {goal['what']} | {found} | {rounds} | {processor} | `{SCRIPTS[name]}` |")
     return rows
 
 

@@ -48,12 +48,13 @@ def load_base(uri: str, **options: Any) -> FrozenPolicy:
 
 
 def _check_options(adapter: str, loader: Callable[..., FrozenPolicy], options: Mapping[str, Any]) -> None:
-    known = inspect.signature(loader).parameters
-    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in known.values()):
+    parameters = inspect.signature(loader).parameters
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
         return
+    known = set(parameters) - {"source", "uri"}
     for option in options:
-        if option not in known or option == "source":
-            raise unknown(f"option of the adapter '{adapter}:'", option, set(known) - {"source", "uri"})
+        if option not in known:
+            raise unknown(f"option of the adapter '{adapter}:'", option, known)
 
 
 def _check_device(device: str) -> None:

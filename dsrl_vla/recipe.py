@@ -194,11 +194,13 @@ def load_recipe(source: str | Path, overrides: Mapping[str, Any] | None = None) 
 def base_beside(folder: Path) -> BaseConfig:
     """What the resolved recipe in a head's folder says of the base; the defaults where there is none.
 
+    The rest of it, which another version may have written, is not looked at.
+
     Raises:
-        DsrlError: it is no recipe.
+        DsrlError: it is not YAML, or says of the base what cannot be.
     """
     path = folder / "recipe.yaml"
-    return load_recipe(path).base if path.is_file() else BaseConfig()
+    return from_plain(BaseConfig, _read(path).get("base", {}), "base") if path.is_file() else BaseConfig()
 
 
 def differing(one: Recipe, other: Recipe) -> list[str]:

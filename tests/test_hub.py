@@ -243,7 +243,7 @@ def test_the_card_says_what_was_measured(head, run, tmp_path):
 
 def test_the_card_says_which_options_the_base_needs(head, run, tmp_path):
     recipe = load_recipe("demo", {"base": {"options": {"cameras": {"front": "corner"}}}})
-    (run / "recipe.yaml").write_text(recipe.to_yaml())
+    (run / "recipe.yaml").write_text(recipe.to_yaml() + "of_another_version: 1\n")
     write_artefact(head, tmp_path / "out", run)
     card = (tmp_path / "out" / "README.md").read_text()
     assert """load_base("flow-mlp:there", cameras={'front': 'corner'})""" in card

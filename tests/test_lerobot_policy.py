@@ -20,13 +20,13 @@ pytest.importorskip("lerobot_policy_dsrl")
 
 import tiny_lerobot
 from dsrl_vla import SteeredPolicy, SteeringHead, load_base
+from dsrl_vla.adapters.lerobot.policy import camera_of
 from dsrl_vla.errors import DsrlError
 from dsrl_vla.head import HeadConfig
 from dsrl_vla.networks import NetworkConfig
 from dsrl_vla.noise import NoiseLayout
 from lerobot_policy_dsrl import DsrlPolicy
 from lerobot_policy_dsrl.export import write_policy
-from lerobot_policy_dsrl.modeling_dsrl import camera_of
 
 CAMERA, SERVED = "observation.image", "observation.images.image"
 # LeRobot does not tell PushT the size it declares: what comes is 96 x 96

@@ -100,6 +100,8 @@ def test_a_reward_model_of_lerobots_judges_every_step(classifier, tmp_path):
         _, reward, terminated, _, info = task.step(np.zeros(4, np.float32))
         assert info["success"] is success and terminated is success and reward == (0.0 if success else -1.0)
         task.close()
+    with pytest.raises(DsrlError, match="reward: expected an existing folder or a Hub repository"):
+        make_task(robot_file(tmp_path, reward=f"lerobot:{tmp_path / 'nowhere'}"))
     with pytest.raises(DsrlError, match="reward: expected a LeRobot reward model, got"):
         make_task(robot_file(tmp_path, reward=f"lerobot:{tmp_path / 'encoder'}"))
 

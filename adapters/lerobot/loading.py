@@ -142,10 +142,8 @@ def _processors(folder: Path, source: str, config: Any, device: str) -> tuple[An
 
     overrides: dict[str, dict[str, Any]] = {"pre": {}, "post": {}}
     for side, name in _PROCESSORS.items():
-        path = folder / name
-        if not path.exists():
-            raise bad(f"base '{source}'", f"LeRobot's processor files (0.6 or newer), with a {name}", "none there")
-        for key, settings in own_steps(path, f"{source}/{name}").items():
+        tree = _read_json(folder / name, source, "LeRobot's processor files (0.6 or newer)")
+        for key, settings in own_steps(tree, f"{source}/{name}"):
             local = {k: p for k, v in settings.items() if isinstance(v, str) and (p := _beside(folder, v))}
             if local:
                 overrides[side][key] = local

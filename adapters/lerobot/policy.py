@@ -110,7 +110,7 @@ class LeRobotPolicy(FrozenPolicy):
     def image_features(self) -> dict[str, Any]:
         """The policy's camera features, those that go by another name here under that name."""
         own = self.split.config.image_features
-        return {key if _camera(key) == name else IMAGE_PREFIX + name: own[key] for name, key in self._keys.items()}
+        return {key if camera_of(key) == name else IMAGE_PREFIX + name: own[key] for name, key in self._keys.items()}
 
     def pack(self, encoding: Encoding) -> dict[str, torch.Tensor]:
         return dict(encoding.context.tensors)
@@ -135,7 +135,7 @@ class LeRobotPolicy(FrozenPolicy):
         return found
 
 
-def _camera(key: str) -> str:
+def camera_of(key: str) -> str:
     """``observation.images.front`` -> front; LeRobot's only camera, ``observation.image``, is called image."""
     return key.removeprefix(IMAGE_PREFIX).removeprefix("observation.")
 
@@ -146,7 +146,7 @@ def _camera_keys(split: Split, renamed: Mapping[str, str]) -> tuple[dict[str, st
     shapes: dict[str, tuple[int, int, int] | None] = {}
     back = {theirs: ours for ours, theirs in renamed.items()}
     for key, feature in split.config.image_features.items():
-        theirs = _camera(key)
+        theirs = camera_of(key)
         if theirs.startswith("empty_camera_"):
             continue
         camera = back.pop(theirs, theirs)

@@ -12,6 +12,7 @@ import numpy as np
 
 from ..errors import DsrlError, bad, missing_extra
 from ..observation import IMAGE_PREFIX, PROMPT, STATE
+from ..plain import read_object
 
 log = logging.getLogger(__name__)
 
@@ -100,7 +101,7 @@ def load_reward_model(source: str, threshold: float) -> ByRewardModel:
     from ..adapters.lerobot.weights import check_loaded
     from ..adapters.transformers_pi0 import resolve
 
-    folder, _, _ = resolve(source)
+    folder, _, _ = resolve(source, "reward")
     try:
         config = RewardModelConfig.from_pretrained(folder)
         kind = get_reward_model_class(config.type)
@@ -126,6 +127,6 @@ def _preprocessor(folder: Path, config: Any) -> Any:
     if not files:
         log.warning("reward: no *preprocessor.json in '%s': what the model sees is not normalised", folder)
         return make_reward_pre_post_processors(config)[0]
-    own_steps(files[0])
+    own_steps(read_object(files[0]), f"{files[0]}")
     overrides = {"device_processor": {"device": config.device}}
     return PolicyProcessorPipeline.from_pretrained(folder, config_filename=files[0].name, overrides=overrides)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from dsrl_vla import SteeringHead
+from dsrl_vla.adapters.lerobot.policy import camera_of
 from dsrl_vla.errors import bad
 from dsrl_vla.observation import IMAGE_PREFIX
 from dsrl_vla.pairing import check_pair
@@ -14,7 +15,6 @@ from dsrl_vla.policy import FrozenPolicy
 from lerobot.configs import FeatureType, PolicyFeature
 
 from .configuration_dsrl import DsrlConfig
-from .modeling_dsrl import camera_of
 from .processor_dsrl import make_dsrl_pre_post_processors
 
 ANY_SIZE = (3, 224, 224)  # of a camera whose images the base resizes anyway

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from dsrl_vla import SteeringHead
+from dsrl_vla.adapters.lerobot.policy import camera_of
 from dsrl_vla.errors import DsrlError, bad
 from dsrl_vla.noise import generators
 from dsrl_vla.observation import IMAGE_PREFIX, PROMPT, STATE, Observations
@@ -26,11 +27,6 @@ from torch import Tensor
 from .configuration_dsrl import DsrlConfig
 
 FILES = ["*.json", "*.safetensors"]
-
-
-def camera_of(key: str) -> str:
-    """``observation.images.front`` -> front; LeRobot's only camera, ``observation.image``, is called image."""
-    return key.removeprefix(IMAGE_PREFIX).removeprefix("observation.")
 
 
 class DsrlPolicy(PreTrainedPolicy):

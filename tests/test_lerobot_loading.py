@@ -82,12 +82,9 @@ def test_a_file_that_is_missing_is_named(smolvla, tmp_path, name):
         load_base(f"lerobot:{folder}")
 
 
-@pytest.mark.parametrize(
-    ("kind", "words"),
-    [("pi0", "weights to come from model.safetensors, got 1 that"), ("smolvla", "expected LeRobot to load it, got")],
-)
-def test_weights_that_lerobot_could_not_load_are_not_served(kind, words, tmp_path):
-    """LeRobot's π0 prints that it failed, and goes on with random weights."""
+@pytest.mark.parametrize("kind", ["pi0", "smolvla"])
+def test_weights_that_lerobot_could_not_load_are_not_served(kind, tmp_path):
+    """LeRobot only says that they are missing, and goes on with random ones."""
     from safetensors.torch import load_file, save_file
 
     pytest.importorskip("lerobot.policies")
@@ -96,7 +93,10 @@ def test_weights_that_lerobot_could_not_load_are_not_served(kind, words, tmp_pat
     tensors = load_file(file)
     name = next(name for name, value in tensors.items() if value.ndim == 2 and "lm_head" not in name)
     save_file({key: value for key, value in tensors.items() if key != name}, file)
-    with tiny_lerobot.sizes(kind), pytest.raises(DsrlError, match=words):
+    with (
+        tiny_lerobot.sizes(kind),
+        pytest.raises(DsrlError, match="weights to come from model.safetensors, got 1 that"),
+    ):
         load_base(f"lerobot:{tmp_path}")
 
 

@@ -1,6 +1,7 @@
 """Bases and recipes that the tests share; all of them real, small and seeded."""
 
 import os
+import signal
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -206,3 +207,11 @@ def remote_fork(fork_base, served):
     base = load_base("remote:" + served(fork_base).uri)
     yield base
     base.close()
+
+
+@pytest.fixture
+def at_a_terminal():
+    """Where the loss of a terminal is heard of, whatever the tests were started by: under nohup it is not."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)

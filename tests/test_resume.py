@@ -512,6 +512,7 @@ def test_lines_that_could_not_be_written_come_with_the_next(tmp_path, monkeypatc
     shutil.rmtree(tmp_path / "m")
 
 
+@pytest.mark.usefixtures("at_a_terminal")
 def test_one_signal_finishes_the_decision_and_on_a_robot_stops_it():
     from dsrl_vla.interrupts import stop_requests
 

@@ -602,6 +602,7 @@ def test_drive_rehearses_and_reports(fork_folder, tmp_path, capsys):
     assert main(["drive", str(path)]) == 2
 
 
+@pytest.mark.usefixtures("at_a_terminal")
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])
 def test_a_signal_stops_the_robot_and_disconnects_it(fork_folder, tmp_path, monkeypatch, name):
     import signal

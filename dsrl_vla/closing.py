@@ -32,6 +32,7 @@ def evaluate_run(trainer: Trainer, head: SteeringHead, known: dict[str, Measure]
         "train_seed": recipe.train.seed,
         "env_steps": trainer.collector.env_steps,
         "validation_env_steps": trainer.validation_env_steps,
+        "finalists": trainer.finalists.to_json(),
         "updates": trainer.learner.updates,
         "train_seconds": round(trainer.seconds, 1),
         "warnings": trainer.watch.warnings,

@@ -103,6 +103,8 @@ class TrainConfig:
     validate_every: int = 2_500
     """Environment steps between validations, which choose the best head."""
     validation_episodes: int = 20
+    finalists: int = 1
+    """The best heads by validation that play as many fresh episodes in the end, before the best of them is kept."""
     stop_at: float | None = None
     """Stop before `env_steps` once two validations in a row reach this success."""
     checkpoint_every: int = 5_000
@@ -115,7 +117,7 @@ class TrainConfig:
     tracker: Literal["none", "tensorboard", "wandb", "trackio"] = "none"
 
     def __post_init__(self) -> None:
-        counts = ("learning_starts", "replay_capacity", "validate_every", "validation_episodes")
+        counts = ("learning_starts", "replay_capacity", "validate_every", "validation_episodes", "finalists")
         at_least(1, self, "train", *counts, "checkpoint_every", "max_faults", "threads")
         if self.stop_at is not None and not 0 < self.stop_at <= 1:
             raise bad("train.stop_at", "above 0 and at most 1", self.stop_at)

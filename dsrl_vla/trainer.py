@@ -21,6 +21,7 @@ from .collectors import make_collector
 from .errors import DsrlError, WorkerLostError, bad
 from .evaluation import measure
 from .faults import Faults
+from .finalists import Finalist, Finalists
 from .head import HeadConfig, SteeringHead
 from .interrupts import stop_requests
 from .learners import build_learner
@@ -32,13 +33,14 @@ from .policy import FrozenPolicy
 from .recipe import Recipe
 from .replay import Replay
 from .resuming import pack, unpack
-from .rollout import VectorTask
+from .rollout import Episode, VectorTask
 from .run_dir import Metrics, load_checkpoint, save_checkpoint
 from .sources import HeadNoise
 from .team import Team
 from .tracking import Tracker
 from .updates import Updates
 from .watch import Watch, value_gap
+from .writing import Writing
 
 log = logging.getLogger(__name__)
 _OFFLINE_EVERY = 1000  # updates
@@ -91,11 +93,8 @@ class Trainer:
         self.measured = task.info.measure
         if config.stop_at is not None and self.measured != "success":
             raise bad("train.stop_at", f"none for {task.info.uri}, where nothing is a success", config.stop_at)
-        self.best: tuple[float, float] = (-math.inf, 0.0)
-        self.best_now: SteeringHead | None = None
-        self.write_best: Callable[[Path], None] = lambda _: None
-        self.unsaved: dict[str, str] = {}
-        """What could not be written when it was last tried, and why."""
+        self.writing = Writing()
+        self.finalists = Finalists(out, config.finalists, self.writing)
         self.validated: deque[float] = deque(maxlen=2)
         self.validation_env_steps = 0
         self.seconds = 0.0
@@ -134,7 +133,7 @@ class Trainer:
                     self._after(before, tracker)
                     self.seconds += time.perf_counter() - start
                     bar.update(collector.env_steps - before)
-                    best = f"{self.best[0]:.{self.watch.yardstick.digits}f}"
+                    best = f"{self.finalists.best:.{self.watch.yardstick.digits}f}"
                     shown = {"success": f"{collector.success:.2f}", "best": best, "updates/s": f"{rate:.0f}"}
                     bar.set_postfix(shown, refresh=False)
             except (KeyboardInterrupt, WorkerLostError) as error:
@@ -233,43 +232,48 @@ class Trainer:
         return row
 
     def validate(self) -> dict[str, float]:
-        """Run the averaged, deterministic head on the validation episodes; save it when it is the best so far."""
-        seeds = seed_ranges.block(seed_ranges.VALIDATION, self.recipe.train.validation_episodes)
-        found = measure(self.base, self.held_out, HeadNoise(self.learner.average), seeds)
-        steps = float(np.mean([e.steps for e in found.episodes]))
+        """Run the averaged, deterministic head on the validation episodes; save it when it is one of the best."""
+        head, config = self.learner.average, self.recipe.train
+        found = Finalist(self.collector.env_steps, *self._play(head, 0, config.validation_episodes))
         self.validated.append(found.mean)
-        self.validation_env_steps += sum(e.steps for e in found.episodes)
-        if (found.mean, -steps) > self.best:
-            self.best = (found.mean, -steps)
-            self.learner.average.calibrate(self.replay.observations() or self.data.observations())
-            self.best_now = copy.deepcopy(self.learner.average).eval()
-            self.write_best = self.learner.snapshot(self.best_now)
-            self._try("best head", lambda: self.write_best(self.out / "best"))
+        if self.finalists.takes(found):
+            head.calibrate(self.replay.observations() or self.data.observations())
+            kept = copy.deepcopy(head).eval()
+            self.finalists.add(found, kept, self.learner.snapshot(kept))
             if self.collector.live:  # what a simulator does again, a robot does not
                 self.checkpoint()
-        return {f"validation_{self.measured}": found.mean, "validation_steps": steps}
+        return {f"validation_{self.measured}": found.mean, "validation_steps": found.steps}
+
+    def _play(
+        self, head: SteeringHead, first: int, episodes: int, tick: Callable[[Episode], None] = lambda _: None
+    ) -> tuple[float, float, int]:
+        """What counts, the steps of an episode, and how many there were: validation's from number `first` on."""
+        seeds = seed_ranges.block(seed_ranges.VALIDATION + first, episodes)
+        found = measure(self.base, self.held_out, HeadNoise(head), seeds, on_episode=tick)
+        self.validation_env_steps += sum(e.steps for e in found.episodes)
+        return found.mean, float(np.mean([e.steps for e in found.episodes])), len(found.episodes)
 
     def best_head(self) -> SteeringHead:
         """The best head so far; the present one when none has been validated."""
-        if self.best_now is not None:
-            return self.best_now
-        folder = self.out / "best"
-        return SteeringHead.from_pretrained(folder) if folder.is_dir() else self.learner.average.eval()
+        return self.finalists.best_head() or self.learner.average.eval()
+
+    def settle(self) -> None:
+        """Let the finalists play as many further episodes as they have played, and keep the best of them."""
+        episodes, count = self.recipe.train.validation_episodes, len(self.finalists.ranked)
+        if count < 2:
+            return
+        total = count * episodes * len(self.recipe.task.uris)
+        with tqdm(total=total, unit="episode", desc="finalists", disable=None) as bar:
+            self.finalists.settle(lambda head: self._play(head, episodes, episodes, lambda _: bar.update()))
 
     def checkpoint(self) -> None:
         """Write all that is needed to go on, unless it is not sound. A disk that is full does not end the run."""
         self.updates.look(closely=True)
-        tensors, state = pack(self)
-        self._try("checkpoint", lambda: save_checkpoint(self.out / "checkpoints", state["env_steps"], tensors, state))
+        self.writing.attempt("checkpoint", self._write_checkpoint)
 
-    def _try(self, what: str, write: Callable[[], Any]) -> None:
-        """Write something; a failure is said, and remembered until it has been made good."""
-        try:
-            write()
-            self.unsaved.pop(what, None)
-        except (DsrlError, OSError) as error:
-            self.unsaved[what] = str(error)
-            log.warning("%s not written, going on without: %s", what, error)
+    def _write_checkpoint(self) -> None:
+        tensors, state = pack(self)
+        save_checkpoint(self.out / "checkpoints", state["env_steps"], tensors, state)
 
     def check_saved(self) -> None:
         """Try once more to write what could not be written.
@@ -277,17 +281,12 @@ class Trainer:
         Raises:
             DsrlError: it still cannot be.
         """
-        if "best head" in self.unsaved:
-            self._try("best head", lambda: self.write_best(self.out / "best"))
-        if "checkpoint" in self.unsaved:
-            self.checkpoint()
+        lost = self.writing.again()
         self.metrics.flush()
-        if self.unsaved or self.metrics.pending:
-            lost = list(self.unsaved) or ["metrics.jsonl"]
-            words = "; ".join(self.unsaved.values())
-            raise DsrlError(
-                f"{self.out}: expected all of the run to be written, got no {' and no '.join(lost)}. {words}"
-            )
+        if lost or self.metrics.pending:
+            words = "; ".join(lost.values())
+            missing = " and no ".join(lost or ["metrics.jsonl"])
+            raise DsrlError(f"{self.out}: expected all of the run to be written, got no {missing}. {words}")
 
     def resume(self) -> None:
         """Go on from the newest whole checkpoint, without one from the start; and, on a robot, from its journal."""

@@ -95,6 +95,8 @@ def train(
         if resume:
             trainer.resume()
         finished = trainer.run()
+        if finished:
+            trainer.settle()
         head = trainer.best_head()
         result = None
         trainer.check_saved()

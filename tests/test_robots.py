@@ -555,7 +555,7 @@ def test_a_better_head_outlives_a_crash_before_the_next_checkpoint(fork_folder, 
         patch.setattr(EpisodeCollector, "step", dying)
         train(recipe, out, evaluate_after=False)
     best = (out / "best" / "head.safetensors").read_bytes()
-    assert load_checkpoint(out / "checkpoints")[1]["best"][0] == 1.0
+    assert load_checkpoint(out / "checkpoints")[1]["finalists"][0]["mean"] == 1.0
     train(recipe, out, resume=True, evaluate_after=False)
     assert (out / "best" / "head.safetensors").read_bytes() == best
     found = [r["validation_success"] for r in Metrics(out / "metrics.jsonl").rows() if "validation_success" in r]

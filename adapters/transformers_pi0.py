@@ -186,8 +186,13 @@ def resolve(source: str, what: str = "base") -> tuple[Path, str, str]:
     try:
         path = Path(snapshot_download(repo_id, revision=revision or None, allow_patterns=list(_FILES)))
     except Exception as error:
-        raise bad(what, f"a repository '{repo_id}' that can be fetched or is in the cache", f"{error}") from error
+        wanted = f"a folder '{source}', or a repository '{repo_id}' that can be fetched or is in the cache"
+        raise bad(what, wanted, f"no folder, and {_first_line(error)}") from error
     return path, repo_id, path.name
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".: ")
 
 
 def _read_config(folder: Path, source: str) -> dict[str, Any]:

@@ -48,7 +48,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 OF_TASK = {"lift": ("sac", "na", "na-exact", "offline-to-online"), "can-hard": ("offline-to-online", "na")}
 OTHERS = tuple(name for name in VARIANTS if name != "offline-to-online")
 """Variants of the tasks not named above: there the early runs tell what offline data save."""
-OWN = ("steered", "steered_stochastic", "difference", "env_steps", "updates", "train_seconds")
+OWN = ("steered", "steered_stochastic", "difference", "finalists", "env_steps", "updates", "train_seconds")
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ def run(task: str, variant: str, seed: int) -> tuple[dict[str, Any], dict[str, A
     if not finished(out, recipe):
         train(recipe, out, resume=(out / "recipe.yaml").exists(), known=known)
     result = json.loads((out / "eval.json").read_text())
-    fresh = {key: result[key] for key in OWN} | learning_curve(out)
+    fresh = {key: result[key] for key in OWN if key in result} | learning_curve(out)
     beside = {key: result[key] for key in ("task", "episodes", "base", "controls")}
     return fresh, beside | {"base_sha256": result["base_sha256_after"]}
 

@@ -17,7 +17,10 @@ from .policy import FrozenPolicy
 from .rollout import Episode, TaskConfig, VectorTask, run_episodes
 from .sources import HeadNoise, LayoutNoise, NoiseSource, PriorNoise, ZeroNoise
 
-RUN_FACTS = ("recipe", "train_seed", "env_steps", "validation_env_steps", "updates", "train_seconds", "warnings")
+RUN_FACTS = (
+    *("recipe", "train_seed", "env_steps", "validation_env_steps", "finalists", "updates", "train_seconds"),
+    "warnings",
+)
 """What ``eval.json`` says of the run itself, beside what `evaluate` measures."""
 
 

@@ -2,23 +2,28 @@
 
 A validation of 100 episodes errs by some percent, so the best of many validations is partly the luckiest one. The best
 few heads may therefore play again, on fresh episodes, before one is handed out.
+
+What is on the disk is always whole: a head is written before ``finalists.json`` names it, and removed after.
 """
 
 from __future__ import annotations
 
+import logging
 import math
-import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from .errors import DsrlError
 from .head import SteeringHead
-from .run_dir import disk_errors
+from .plain import from_plain, read_object
+from .run_dir import copy_files, write_json
 from .writing import Writing
 
-FOLDER, BEST = "finalists", "best"
+log = logging.getLogger(__name__)
+HEADS, BEST, LIST = "finalists", "best", "finalists.json"
 
 
 @dataclass(frozen=True)
@@ -30,13 +35,13 @@ class Finalist:
     mean: float
     """Success, or return."""
     steps: float
-    """Mean length of an episode; of two that succeed equally often the quicker is better."""
+    """Mean length of an episode; of two that succeed equally often the quicker is better, and then the earlier."""
     episodes: int
 
     @property
-    def rank(self) -> tuple[float, float]:
+    def rank(self) -> tuple[float, float, int]:
         """Higher is better."""
-        return self.mean, -self.steps
+        return self.mean, -self.steps, -self.env_steps
 
     def and_again(self, mean: float, steps: float, episodes: int) -> Finalist:
         """With the outcome of further episodes."""
@@ -62,39 +67,55 @@ class Finalists:
 
     def takes(self, found: Finalist) -> bool:
         """Whether a validated head is among the best."""
-        return len(self.ranked) < self.count or found.rank > self.ranked[-1].rank
+        among = len(self.ranked) < self.count or found.rank > self.ranked[-1].rank
+        return math.isfinite(found.mean) and among
 
     def add(self, found: Finalist, head: SteeringHead, write: Callable[[Path], None]) -> None:
         """Take in a head that `takes` lets in; `write` writes it, and what belongs to it, into a folder."""
-        self.ranked = [each for each in self.ranked if each.env_steps != found.env_steps]  # a robot's run, resumed
-        place = sum(each.rank >= found.rank for each in self.ranked)
-        self.ranked.insert(place, found)
-        if place == 0:
+        others = [each for each in self.ranked if each.env_steps != found.env_steps]
+        ranked = sorted([*others, found], key=lambda each: each.rank, reverse=True)
+        self.ranked, gone = ranked[: self.count], ranked[self.count :]
+        if self.ranked[0] is found:
             self.head = head
-            self.writing.attempt("best head", lambda: write(self.out / BEST))
+        self.writing.attempt(_named(found), lambda: self._write(found, write))
+        for each in gone:
+            self.writing.lost.pop(_named(each), None)
+            shutil.rmtree(self._folder(each), ignore_errors=True)
+
+    def _write(self, found: Finalist, write: Callable[[Path], None]) -> None:
         if self.count > 1:
-            folder = self._folder(found)
-            self.writing.attempt(f"finalist of step {found.env_steps}", lambda: write(folder))
-        for worst in self.ranked[self.count :]:
-            shutil.rmtree(self._folder(worst), ignore_errors=True)
-            self.writing.lost.pop(f"finalist of step {worst.env_steps}", None)
-        del self.ranked[self.count :]
+            write(self._folder(found))
+        if self.ranked[0] is found:
+            write(self.out / BEST)
+        write_json(self.out / LIST, {"finalists": self.to_json()})
+
+    def load(self) -> None:
+        """The heads that a run which is resumed has found so far."""
+        if (self.out / LIST).exists():
+            rows = read_object(self.out / LIST).get("finalists", [])
+            ranked = [from_plain(Finalist, row, LIST, "field") for row in rows]
+            self.ranked = [each for each in ranked if self.count == 1 or self._folder(each).is_dir()]
 
     def settle(self, play: Callable[[SteeringHead], tuple[float, float, int]]) -> None:
-        """Let the finalists play again, and move the best of them to ``best/``.
+        """Let the finalists play again, and move the best of them to ``best/``. One that cannot be read does not play.
 
         Args:
             play: a head to the mean, the mean length and the number of its further episodes.
         """
-        there = [each for each in self.ranked if self._folder(each).is_dir()]
+        heads: dict[int, SteeringHead] = {}
+        for each in self.ranked:
+            try:
+                heads[each.env_steps] = SteeringHead.from_pretrained(self._folder(each))
+            except DsrlError as error:
+                log.warning("the head of step %d does not play again: %s", each.env_steps, error)
+        there = [each for each in self.ranked if each.env_steps in heads]
         if len(there) < 2:
             return
-        heads = {each.env_steps: SteeringHead.from_pretrained(self._folder(each)) for each in there}
         played = [each.and_again(*play(heads[each.env_steps])) for each in there]
         self.ranked = sorted(played, key=lambda each: each.rank, reverse=True)
         winner = self.ranked[0]
         self.head = heads[winner.env_steps]
-        self.writing.attempt("best head", lambda: _replace(self.out / BEST, self._folder(winner)))
+        self.writing.attempt("best head", lambda: copy_files(self._folder(winner), self.out / BEST))
 
     def best_head(self) -> SteeringHead | None:
         """The best head; None when none has been validated."""
@@ -104,22 +125,12 @@ class Finalists:
         return self.head
 
     def _folder(self, found: Finalist) -> Path:
-        return self.out / FOLDER / str(found.env_steps)
+        return self.out / HEADS / str(found.env_steps)
 
     def to_json(self) -> list[dict[str, Any]]:
         """Best first."""
         return [asdict(each) for each in self.ranked]
 
-    def from_json(self, rows: Sequence[dict[str, Any]]) -> None:
-        """Undo `to_json`."""
-        self.ranked = [Finalist(**row) for row in rows]
 
-
-def _replace(folder: Path, source: Path) -> None:
-    """Put a copy of a folder in the place of another."""
-    with disk_errors(folder):
-        temporary = folder.with_name(f".{folder.name}.tmp")
-        shutil.rmtree(temporary, ignore_errors=True)
-        shutil.copytree(source, temporary)
-        shutil.rmtree(folder, ignore_errors=True)
-        os.replace(temporary, folder)
+def _named(found: Finalist) -> str:
+    return f"head of step {found.env_steps}"

@@ -20,7 +20,7 @@ from torch import nn
 
 from .critic import CriticConfig, CriticEnsemble
 from .draws import Source
-from .errors import bad
+from .errors import at_least, bad
 from .flat import Flat
 from .head import SteeringHead
 from .noise_bank import Keeper
@@ -69,13 +69,10 @@ class SACConfig:
             raise bad("sac.gamma", "above 0 and below 1", self.gamma)
         if not 0 < self.tau <= 1:
             raise bad("sac.tau", "above 0 and at most 1", self.tau)
-        if self.jitter < 0:
-            raise bad("sac.jitter", "0 or more", self.jitter)
+        at_least(0, self, "sac", "jitter")
         if not 0 <= self.actor_average < 1:
             raise bad("sac.actor_average", "0 or more and below 1", self.actor_average)
-        for name in ("batch", "n_step"):
-            if getattr(self, name) < 1:
-                raise bad(f"sac.{name}", "1 or more", getattr(self, name))
+        at_least(1, self, "sac", "batch", "n_step")
         for name in ("actor_lr", "critic_lr", "alpha_lr", "alpha_init", "max_grad_norm"):
             if getattr(self, name) <= 0:
                 raise bad(f"sac.{name}", "above 0", getattr(self, name))

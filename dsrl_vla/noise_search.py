@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from . import seeds as seed_ranges
-from .errors import bad
+from .errors import at_least, bad
 from .evaluation import Measure, measure, paired_difference
 from .head import SteeringHead
 from .noise import NoiseLayout, generators
@@ -38,9 +38,7 @@ class SearchConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("candidates", "episodes"):
-            if getattr(self, name) < 1:
-                raise bad(f"search.{name}", "1 or more", getattr(self, name))
+        at_least(1, self, "search", "candidates", "episodes")
 
     @property
     def rounds(self) -> list[int]:

@@ -63,6 +63,8 @@ def load_pretrain_recipe(source: str | Path) -> PretrainRecipe:
         tree = yaml.safe_load(path.read_text()) or {}
     except yaml.YAMLError as error:
         raise bad(f"recipe '{source}'", "YAML", " ".join(str(error).split())) from error
+    if isinstance(tree, dict) and {"extends", "task", "train"} & set(tree):
+        raise bad(f"recipe '{source}'", "one that makes a base", "one to steer by", "Use: dsrl-vla train.")
     return from_plain(PretrainRecipe, tree, "")
 
 

@@ -171,6 +171,13 @@ class Recipe:
             raise bad("algorithm", "sac or na with workers: the prefixes are too much to send", "na-exact")
         if self.offline.updates and not self.offline.source:
             raise bad("offline.updates", "offline.source to go with it", f"{self.offline.updates} and no source")
+        if self.offline.source and self.algorithm == "sac":
+            raise bad("offline.source", "algorithm na or na-exact, which learn from actions", "sac")
+        if not self.offline.updates and self.train.env_steps <= self.train.learning_starts:
+            least = (
+                f"more than the {self.train.learning_starts} decisions of train.learning_starts, each a step or more"
+            )
+            raise bad("train.env_steps", least, self.train.env_steps)
 
     def to_yaml(self) -> str:
         """The resolved recipe, every field written out."""
@@ -190,6 +197,8 @@ def load_recipe(source: str | Path, overrides: Mapping[str, Any] | None = None) 
     tree = _read(source)
     tree = _merge(tree, dict(overrides or {}))
     tree.setdefault("name", Path(str(source)).stem)
+    if {"demos", "clone"} & set(tree):
+        raise bad(f"recipe '{source}'", "one to steer by", "one that makes a base", "Use: dsrl-vla pretrain.")
     return from_plain(Recipe, tree, "")
 
 

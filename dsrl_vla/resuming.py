@@ -28,7 +28,6 @@ def pack(trainer: Trainer) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         "added": replay.added,
         "collector": trainer.collector.state(),
         "rng": trainer.updates.rng.bit_generator.state,
-        "finalists": trainer.finalists.to_json(),
         "validated": list(trainer.validated),
         "validation_env_steps": trainer.validation_env_steps,
         "seconds": trainer.seconds,
@@ -43,7 +42,6 @@ def unpack(trainer: Trainer, tensors: Mapping[str, torch.Tensor], state: Mapping
     trainer.collector.resume(part(tensors, "collector."), state["collector"])
     trainer.updates.info = part(tensors, "info.")
     trainer.updates.rng.bit_generator.state = state["rng"]
-    trainer.finalists.from_json(state["finalists"])
     trainer.validated.extend(state["validated"])
     trainer.validation_env_steps, trainer.seconds = state["validation_env_steps"], state["seconds"]
     torch.set_rng_state(tensors["torch_rng"])

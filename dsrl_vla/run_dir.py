@@ -87,6 +87,15 @@ def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
         safetensors.torch.save_file(_apart(tensors), temporary)
 
 
+def copy_files(source: Path, folder: Path) -> None:
+    """Replace files of a folder by another's of the same name, each all or nothing."""
+    with disk_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    for path in sorted(source.iterdir()):
+        with _replacing(folder / path.name) as temporary:
+            shutil.copyfile(path, temporary)
+
+
 def _apart(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """What safetensors takes: tensors that share no memory. One that shares none anyway is not copied: a replay on
     the disk may be larger than memory."""

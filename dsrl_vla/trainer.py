@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import logging
 import math
@@ -150,7 +151,9 @@ class Trainer:
             log.warning("interrupted; go on with: dsrl-vla train %s --out %s --resume", recipe, self.out)
         elif not self.learner.updates:
             wanted = f"steps for more than the {config.learning_starts} decisions of train.learning_starts"
-            raise bad(f"train.env_steps {config.env_steps}", wanted, f"{collector.decisions}: nothing has been learnt")
+            least = math.ceil(config.learning_starts * collector.env_steps / collector.decisions)
+            got = f"{collector.decisions} decisions: nothing has been learnt"
+            raise bad(f"train.env_steps {config.env_steps}", wanted, got, f"About {least} steps make so many.")
         return self.done
 
     def _decide(self) -> None:
@@ -258,12 +261,16 @@ class Trainer:
         return self.finalists.best_head() or self.learner.average.eval()
 
     def settle(self) -> None:
-        """Let the finalists play as many further episodes as they have played, and keep the best of them."""
+        """Let the finalists play as many further episodes as they have played, and keep the best of them.
+
+        Nothing must be waiting to be written: a checkpoint of after it would let them play once more when resumed.
+        """
         episodes, count = self.recipe.train.validation_episodes, len(self.finalists.ranked)
         if count < 2:
             return
         total = count * episodes * len(self.recipe.task.uris)
-        with tqdm(total=total, unit="episode", desc="finalists", disable=None) as bar:
+        guard = stop_requests(at_once=True) if self.collector.live else contextlib.nullcontext()
+        with guard, tqdm(total=total, unit="episode", desc="finalists", disable=None) as bar:
             self.finalists.settle(lambda head: self._play(head, episodes, episodes, lambda _: bar.update()))
 
     def checkpoint(self) -> None:
@@ -293,6 +300,7 @@ class Trainer:
         found = load_checkpoint(self.out / "checkpoints")
         if found is not None:
             unpack(self, *found)
+        self.finalists.load()
         done_since = self.collector.restore()
         self.metrics.truncate(self.collector.env_steps if found is not None or done_since else -1)
         if done_since:

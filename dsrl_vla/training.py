@@ -16,10 +16,12 @@ from . import seeds as seed_ranges
 from .closing import evaluate_run
 from .errors import bad
 from .evaluation import Measure
+from .finalists import HEADS, LIST
 from .head import SteeringHead
 from .head_config import CONFIG
 from .journal import FOLDER
 from .learners import build_learner
+from .manifest import MANIFEST
 from .plots import draw_run
 from .policy import FrozenPolicy
 from .probing import probe
@@ -30,8 +32,9 @@ from .team import LaunchedTeam, join_team
 from .trainer import Trainer
 
 log = logging.getLogger(__name__)
-_PROGRESS = ("metrics.jsonl", "checkpoints", "best", FOLDER, "preflight.json", "ticket.json")
+_PROGRESS = ("metrics.jsonl", "checkpoints", "best", HEADS, LIST, FOLDER, "preflight.json", "ticket.json")
 """What a run leaves from its first step on. A directory without is one whose start failed: it may be started anew."""
+_HEAD = (CONFIG, MANIFEST)
 
 
 @dataclass
@@ -95,11 +98,12 @@ def train(
         if resume:
             trainer.resume()
         finished = trainer.run()
+        trainer.check_saved()
         if finished:
             trainer.settle()
+            trainer.check_saved()
         head = trainer.best_head()
         result = None
-        trainer.check_saved()
         if finished and evaluate_after:
             result = evaluate_run(trainer, head, known)
             draw_run(out, recipe, base, head, trainer.metrics.rows(), result)
@@ -144,6 +148,10 @@ def _prepare(recipe: Recipe, out: Path, resume: bool) -> None:
     path = out / "recipe.yaml"
     if path.exists() and not resume and any((out / name).exists() for name in _PROGRESS):
         raise bad(f"{out}", "a new directory", "one that holds a run", "Choose another --out, or go on with --resume.")
+    if any((out / name).exists() for name in _HEAD):
+        raise bad(
+            f"{out}", "a new directory", "one that holds a head, which a run would spoil", "Choose another --out."
+        )
     if resume and not path.exists():
         raise bad(f"{out}", "a run to resume", "no recipe.yaml there")
     if resume and (started := load_recipe(path)) != recipe:
@@ -151,7 +159,8 @@ def _prepare(recipe: Recipe, out: Path, resume: bool) -> None:
         raise bad(f"{path}", "the recipe this run was started with", got, "Give the same options again, or none.")
     with disk_errors(out):
         out.mkdir(parents=True, exist_ok=True)
-        write_text(path, recipe.to_yaml())
+        if not path.exists() or load_recipe(path) != recipe:  # somebody's own file may say more than we would
+            write_text(path, recipe.to_yaml())
 
 
 def load_run(out: Path | str) -> tuple[Recipe, SteeringHead]:

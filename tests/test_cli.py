@@ -3,6 +3,7 @@ import subprocess
 import sys
 
 import pytest
+import yaml
 from dsrl_vla.cli import COMMANDS, main
 
 
@@ -46,6 +47,7 @@ def test_train_resume_eval_and_preflight(fork_recipe, tmp_path, capsys, caplog):
         (["train", "demo", "--train.seed", "x"], "train.seed: expected int, got 'x'"),
         (["train", "demo", "--base.uri", "nanno:"], "unknown adapter 'nanno'. Did you mean 'nano'"),
         (["train", "demo", "--base.uri", "nano"], "base: expected '<adapter>:<source>'"),
+        (["train", "demo", "--base.uri", "lerobot:bases/none"], "a folder 'bases/none', or a repository 'bases/none'"),
         (["train", "demo", "--noise.layout", "repat"], "unknown noise layout 'repat'. Did you mean 'repeat'"),
         (["train", "demo", "--noise", "repeat", "--noise.layout", "chunk"], "a value of 'noise' or of its fields"),
         (
@@ -82,3 +84,33 @@ def test_help_and_version(capsys):
 def test_a_commands_help_explains_its_options():
     run = subprocess.run([sys.executable, "-m", "dsrl_vla.cli", "train", "--help"], capture_output=True, text=True)
     assert run.returncode == 0 and "--resume" in run.stdout
+
+
+def test_options_may_stand_before_the_recipe(capsys):
+    assert main(["train", "--train.env_steps", "4000", "--algorithm=na", "demo", "--help-recipe"]) == 0
+    shown = yaml.safe_load(capsys.readouterr().out)
+    assert (shown["train"]["env_steps"], shown["algorithm"]) == (4000, "na")
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["train", "demo", "--outt", "3"], "unknown option '--outt'. Did you mean '--out'?"),
+        (["preflight", "demo", "--episode", "5"], "unknown option '--episode'. Did you mean '--episodes'?"),
+        (
+            ["train", "demo", "--train.replay_on_disk", "--train.seed", "3"],
+            "'--train.replay_on_disk': expected a value",
+        ),
+        (["train", "demo", "--train.seed"], "option '--train.seed': expected a value"),
+        (["train", "demo", "3"], "unexpected argument '3'"),
+        (["train", "nano-metaworld-5"], "got one that makes a base. Use: dsrl-vla pretrain."),
+        (["pretrain", "demo", "--out", "x"], "got one to steer by. Use: dsrl-vla train."),
+        (["train", "demo", "--train.env_steps", "10"], "train.env_steps: expected more than the 300 decisions"),
+        (["train", "demo", "--offline.source", "x.npz"], "offline.source: expected algorithm na or na-exact"),
+    ],
+)
+def test_what_is_wrong_with_an_option_is_said_at_once(argv, words, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(argv) == 2
+    assert words in " ".join(capsys.readouterr().err.split())
+    assert not list(tmp_path.iterdir())

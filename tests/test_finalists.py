@@ -60,6 +60,11 @@ def test_a_single_finalist_is_the_best_head_and_has_no_other_folder(tmp_path, he
     finalists.settle(lambda _: pytest.fail("nothing to settle"))
 
 
+def test_a_validation_that_is_not_a_number_is_no_finalist(tmp_path, head):
+    finalists = fill(tmp_path, head, [float("nan"), 0.5], 1)
+    assert (finalists.best, kept(tmp_path)) == (0.5, 0.2)
+
+
 def test_of_two_that_succeed_equally_often_the_quicker_is_better(tmp_path, head):
     finalists = Finalists(tmp_path, 1, Writing())
     for number, steps in enumerate([50.0, 40.0, 45.0], 1):
@@ -82,19 +87,49 @@ def test_the_best_few_play_again_and_what_they_found_is_pooled(tmp_path, head):
     assert [each.env_steps for each in finalists.ranked] == [3000, 4000, 2000]
 
 
-def test_a_finalist_that_could_not_be_written_does_not_play(tmp_path, head):
+def test_a_finalist_that_cannot_be_read_does_not_play(tmp_path, head, caplog):
     finalists = fill(tmp_path, head, [0.5, 0.9, 0.8], 3)
-    shutil.rmtree(tmp_path / "finalists" / "2000")
+    (tmp_path / "finalists" / "2000" / "head.safetensors").unlink()
     finalists.settle(lambda head: (0.6 if mark(head) == 0.1 else 0.1, 50.0, 10))
     assert kept(tmp_path) == 0.1
+    assert "the head of step 2000 does not play again" in caplog.text
 
 
-def test_finalists_are_what_a_checkpoint_says(tmp_path, head):
+def test_with_nobody_to_play_against_the_best_head_stays(tmp_path, head):
     finalists = fill(tmp_path, head, [0.5, 0.9], 2)
+    shutil.rmtree(tmp_path / "finalists" / "2000")
+    finalists.settle(lambda _: pytest.fail("alone"))
+    assert kept(tmp_path) == 0.2
+
+
+def test_finalists_are_what_the_disk_says(tmp_path, head):
+    finalists = fill(tmp_path, head, [0.5, 0.9, 0.7], 2)
     again = Finalists(tmp_path, 2, Writing())
-    again.from_json(json.loads(json.dumps(finalists.to_json())))
+    again.load()
     assert again.ranked == finalists.ranked
     assert mark(again.best_head()) == 0.2
+
+
+def test_a_head_that_could_not_be_written_is_not_named_before_it_is(tmp_path, head):
+    """The process may die at any moment: the list never promises a head that is not there."""
+    finalists, full = fill(tmp_path, head, [0.5], 2), [True]
+
+    def write(folder):
+        if full[0]:
+            raise OSError("No space left on device")
+        made.save_pretrained(folder)
+
+    made = head(0.9)
+    finalists.add(Finalist(2000, 0.9, 50.0, 10), made, write)
+    after_a_crash = Finalists(tmp_path, 2, Writing())
+    after_a_crash.load()
+    assert [each.env_steps for each in after_a_crash.ranked] == [1000]
+    assert kept(tmp_path) == 0.1
+    full[0] = False
+    assert not finalists.writing.again()
+    after_a_crash.load()
+    assert [each.env_steps for each in after_a_crash.ranked] == [2000, 1000]
+    assert kept(tmp_path) == 0.9
 
 
 def test_what_could_not_be_written_is_tried_again(caplog):

@@ -6,6 +6,7 @@ Every field of a recipe can be overridden: ``dsrl-vla train demo --train.seed 3 
 from __future__ import annotations
 
 import logging
+import os
 import sys
 from collections.abc import Callable
 
@@ -38,6 +39,9 @@ def main(argv: list[str] | None = None) -> int:
     except DsrlError as error:
         print(f"dsrl-vla: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError:  # whoever read us, such as `head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     except KeyboardInterrupt:
         print("dsrl-vla: interrupted", file=sys.stderr)
         return 130

@@ -85,7 +85,7 @@ def run_export_policy(argv: list[str]) -> int:
     except ImportError as error:
         raise DsrlError(
             f"export-policy needs the package 'lerobot_policy_dsrl' and LeRobot, and could not import them ({error}). "
-            "Install them with: pip install lerobot_policy_dsrl"
+            "The package is in the repository: pip install ./adapters/lerobot_policy_dsrl"
         ) from error
     if (args.source / "recipe.yaml").exists() and not (args.source / CONFIG).exists():
         recipe, head = load_run(args.source)

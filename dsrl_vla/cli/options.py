@@ -2,33 +2,62 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from typing import Any
 
 import tyro
 
-from ..errors import DsrlError
+from ..errors import DsrlError, unknown
 
 
 def parse(kind: type, argv: list[str], command: str) -> tuple[Any, list[str]]:
-    """A command's own options, and the arguments it does not know."""
-    return tyro.cli(kind, prog=f"dsrl-vla {command}", args=argv, return_unknown_args=True)
+    """A command's own options, and those of the recipe as ``--name=value``, wherever they stand.
+
+    Raises:
+        UnknownNameError: an option that neither has. DsrlError: one of the recipe without a value.
+    """
+    known = {field.name for field in fields(kind)}
+    own, rest = [], []
+    tokens = iter(argv)
+    for token in tokens:
+        name, equals, value = token[2:].partition("=")
+        if not token.startswith("--") or name.replace("-", "_").removeprefix("no_") in {*known, "help"}:
+            own.append(token)
+            continue
+        _check(name, known)
+        if not equals:
+            value = next(tokens, "--")
+            if value.startswith("--"):
+                raise DsrlError(f"option '{token}': expected a value, as in {token} VALUE or {token}=VALUE, got none.")
+        rest.append(f"--{name}={value}")
+    args: Any
+    args, unread = tyro.cli(kind, prog=f"dsrl-vla {command}", args=own, return_unknown_args=True)
+    for token in unread:
+        raise DsrlError(f"unexpected argument '{token}': expected an option such as --train.seed 3.")
+    return args, rest
+
+
+def _check(name: str, known: set[str]) -> None:
+    """Whether there can be such an option; what is in a section of a recipe is the recipe's to say."""
+    if "." in name:
+        return
+    from ..recipe import Recipe
+
+    sections = {field.name for field in fields(Recipe)}
+    if name.replace("-", "_") not in sections:
+        raise unknown("option", f"--{name}", [f"--{each.replace('_', '-')}" for each in known | sections])
 
 
 def read_recipe(source: str, rest: list[str]) -> Any:
-    """A recipe with the remaining options applied over it."""
+    """A recipe with options ``--name=value`` applied over it."""
     import yaml
 
     from ..recipe import Recipe, load_recipe
 
     tree: dict[str, Any] = {}
-    keys = iter(rest)
-    for option in keys:
-        if not option.startswith("--"):
-            raise DsrlError(f"unexpected argument '{option}': expected an option such as --train.seed 3.")
-        name, equals, value = option[2:].partition("=")
-        if not equals:
-            value = next(keys, "")
-        place, parts = tree, name.replace("-", "_").split(".")
+    for token in rest:
+        option, _, value = token.partition("=")
+        place, parts = tree, option[2:].replace("-", "_").split(".")
         for part in parts[:-1]:
             place = place.setdefault(part, {})
             if not isinstance(place, dict):

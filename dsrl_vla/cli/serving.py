@@ -22,8 +22,8 @@ class ServeArgs:
     or ours."""
 
     target: tyro.conf.Positional[str]
-    """A base's URI (nano:, openpi:pi05_libero, transformers:owner/name), or a run's directory or a head's folder: its
-    base and head."""
+    """A base's URI (nano:, openpi:pi05_libero, transformers:owner/name), or a run's directory, a head's folder or a
+    shipped head (shipped:drawer-open): its base and head."""
     head: str | None = None
     """A head: a folder or a Hub repository."""
     host: str = "127.0.0.1"
@@ -96,9 +96,10 @@ def load(args: ServeArgs) -> tuple[Any, Any]:
     from ..bases import load_base
     from ..head import SteeringHead
     from ..head_config import CONFIG
+    from ..hub import SHELF, fetch
     from ..recipe import base_beside
 
-    folder = Path(args.target)
+    folder = fetch(args.target) if args.target.startswith(SHELF) else Path(args.target)
     options = {name: value for name, value in (("dtype", args.dtype), ("device", args.device)) if value}
     if (folder / CONFIG).exists():
         head = SteeringHead.from_pretrained(args.head or folder)

@@ -109,7 +109,7 @@ def test_an_adapters_own_options_are_part_of_a_recipe(write):
     recipe = load_recipe(path)
     assert recipe.base.options == {"cameras": {"front": "corner"}}
     assert load_recipe(write(recipe.to_yaml(), "again.yaml")) == recipe
-    changed = read_recipe(str(path), ["--base.options.cameras.front", "side"])
+    changed = read_recipe(str(path), ["--base.options.cameras.front=side"])
     assert changed.base.options == {"cameras": {"front": "side"}}
     assert differing(changed, recipe) == ["base.options.cameras.front"]
     without = differing(load_recipe(write("{}", "plain.yaml")), recipe)
@@ -118,8 +118,8 @@ def test_an_adapters_own_options_are_part_of_a_recipe(write):
         recipe.base.load()
     child = write(f"extends: {path}\nbase: {{uri: 'remote:ws://gpu:8000', options: {{}}}}", "child.yaml")
     assert load_recipe(child).base.options == {}
-    assert read_recipe(str(path), ["--base.options", "{}"]).base.options == {}
-    assert read_recipe(str(path), ["--base.options", "{config: {num_steps: 2}}"]).base.options["config"] == {
+    assert read_recipe(str(path), ["--base.options={}"]).base.options == {}
+    assert read_recipe(str(path), ["--base.options={config: {num_steps: 2}}"]).base.options["config"] == {
         "num_steps": 2
     }
 

@@ -564,3 +564,10 @@ def test_what_the_command_refuses(argv, message, capsys):
 
     assert main(argv) == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_shipped_head_is_served_on_its_own_base():
+    from dsrl_vla.cli.serving import ServeArgs, load
+
+    base, head = load(ServeArgs("shipped:drawer-open"))
+    assert (base.spec.uri, head.config.base_uri) == ("nano:", "nano:")

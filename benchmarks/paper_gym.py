@@ -101,12 +101,14 @@ def run_ours(recipe: Recipe, out: Path) -> tuple[dict[str, Any], NoiseSource]:
     """Train by the shipped recipe; what is to be told of the run, and its best head's noise."""
     from dsrl_vla.training import train
 
-    head = train(recipe, out, resume=(out / "recipe.yaml").exists(), evaluate_after=False).head
+    result = train(recipe, out, resume=(out / "recipe.yaml").exists(), evaluate_after=False)
+    if result.interrupted:
+        raise KeyboardInterrupt  # what it has found so far is not a run's
     rows = Metrics(out / "metrics.jsonl").rows()
     curve = [
         [r["env_steps"], r["seconds"], round(r["validation_return"], 1)] for r in rows if "validation_return" in r
     ]
-    return {"curve": curve, "env_steps": rows[-1]["env_steps"], "updates": rows[-1]["updates"]}, HeadNoise(head)
+    return {"curve": curve, "env_steps": rows[-1]["env_steps"], "updates": rows[-1]["updates"]}, HeadNoise(result.head)
 
 
 def run_sb3(recipe: Recipe, out: Path) -> tuple[dict[str, Any], NoiseSource]:

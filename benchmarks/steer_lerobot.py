@@ -58,7 +58,9 @@ def trained(base: Path, seed: int) -> Path:
     recipe = recipe_for(base, seed)
     out = RUNS / recipe.name
     if not (out / "finished").exists():
-        train(recipe, out, resume=(out / "recipe.yaml").exists(), evaluate_after=False)
+        result = train(recipe, out, resume=(out / "recipe.yaml").exists(), evaluate_after=False)
+        if result.interrupted:
+            raise KeyboardInterrupt  # its best head so far is not a run's
         (out / "finished").touch()
     return out
 

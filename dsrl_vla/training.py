@@ -48,6 +48,8 @@ class RunResult:
     out: Path
     leads: bool = True
     """Whether this process collected and wrote; the others of `accelerate launch` only helped."""
+    interrupted: bool = False
+    """Whether the run was stopped by a signal before its end; its state is saved."""
 
 
 def train(
@@ -107,7 +109,7 @@ def train(
         if finished and evaluate_after:
             result = evaluate_run(trainer, head, known)
             draw_run(out, recipe, base, head, trainer.metrics.rows(), result)
-    return RunResult(head, result, out)
+    return RunResult(head, result, out, interrupted=not finished)
 
 
 def _follow(team: LaunchedTeam, recipe: Recipe) -> SteeringHead:

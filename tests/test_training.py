@@ -113,7 +113,7 @@ def test_ctrl_c_saves_and_resume_finishes(fork_folder, tmp_path, monkeypatch, ca
     with monkeypatch.context() as patch:
         patch.setattr(Collector, "step", interrupted)
         run = train(recipe, out)
-    assert run.evaluation is None and "--resume" in caplog.text
+    assert run.interrupted and run.evaluation is None and "--resume" in caplog.text
     _, state = load_checkpoint(out / "checkpoints")
     assert 0 < state["env_steps"] < 1500 and state["updates"] > 0
     run = train(recipe, out, resume=True)

@@ -291,6 +291,6 @@ def test_offline_alone_and_offline_to_online_through_the_command_line(fork_recip
     result = json.loads((both / "eval.json").read_text())
     assert result["env_steps"] >= 1200 and result["updates"] > 60
     assert main(["train", str(fork_recipe), "--algorithm", "sac", "--out", str(tmp_path / "sac")]) == 2
-    assert "algorithm: expected na" in capsys.readouterr().err
+    assert "offline.source: expected algorithm na" in capsys.readouterr().err
     assert main(["train", str(fork_recipe), "--train.env_steps", "0", "--offline.source", "", "--out", "x"]) == 2
     assert "train.env_steps: expected 1 or more, or offline.source" in capsys.readouterr().err

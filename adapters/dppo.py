@@ -30,7 +30,7 @@ from urllib.parse import parse_qsl
 
 import numpy as np
 import torch
-from dsrl_vla.errors import bad
+from dsrl_vla.errors import bad, first_line
 from dsrl_vla.noise import NoiseSpace
 from dsrl_vla.observation import STATE, Observations, ObservationSpec
 from dsrl_vla.plain import from_plain
@@ -276,8 +276,8 @@ def _read_weights(path: Path, which: str) -> Weights:
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a strange file makes torch raise errors of many kinds
-        cause = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise bad(str(path), "a torch checkpoint of tensors alone", f"one that is not ({cause})") from error
+        got = f"one that is not ({first_line(error)})"
+        raise bad(str(path), "a torch checkpoint of tensors alone", got) from error
     if not isinstance(saved, dict) or not isinstance(saved.get(which), dict):
         keys = ", ".join(map(str, saved)) if isinstance(saved, dict) else type(saved).__name__
         raise bad(str(path), f"a DPPO checkpoint, with 'epoch', 'model' and 'ema' ('{which}' is read)", keys)

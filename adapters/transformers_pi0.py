@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from dsrl_vla.errors import bad, missing_extra
+from dsrl_vla.errors import bad, first_line, missing_extra
 from dsrl_vla.noise import NoiseSpace
 from dsrl_vla.observation import Observations, ObservationSpec
 from dsrl_vla.plain import read_object
@@ -187,12 +187,8 @@ def resolve(source: str, what: str = "base") -> tuple[Path, str, str]:
         path = Path(snapshot_download(repo_id, revision=revision or None, allow_patterns=list(_FILES)))
     except Exception as error:
         wanted = f"a folder '{source}', or a repository '{repo_id}' that can be fetched or is in the cache"
-        raise bad(what, wanted, f"no folder, and {_first_line(error)}") from error
+        raise bad(what, wanted, f"no folder, and {first_line(error).rstrip('.: ')}") from error
     return path, repo_id, path.name
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".: ")
 
 
 def _read_config(folder: Path, source: str) -> dict[str, Any]:

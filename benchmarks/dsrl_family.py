@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import tyro
-from kept_runs import finished, holds, merged, read, recorded, settings
+from kept_runs import finished, holds, merged, read, recorded, settings, trained
 from steer_metaworld import RUNS as BASE_RUNS
 from steer_metaworld import base_measures, learning_curve, recipe_for
 
@@ -142,7 +142,6 @@ def best_of_k(task: str, seed: int, out: Path) -> dict[str, Any]:
 def run_job(job: tuple[str, str, int]) -> None:
     """One run, unless it is there already."""
     import torch
-    from dsrl_vla.training import train
 
     task, variant, seed = job
     torch.set_num_threads(1)
@@ -153,7 +152,7 @@ def run_job(job: tuple[str, str, int]) -> None:
         run_ticket(task, seed, out)
     elif not take_over(task, variant, seed, out):
         recipe = variant_recipe(task, variant, seed)
-        train(recipe, out, resume=(out / "recipe.yaml").exists(), known=base_measures(task))
+        trained(recipe, out, known=base_measures(task))
     print("done", task, variant, seed, flush=True)
 
 

@@ -19,6 +19,7 @@ from dsrl_vla.evaluation import Measure, measure, measure_base, paired_differenc
 from dsrl_vla.recipe import Recipe, flat, load_recipe
 from dsrl_vla.rollout import Episode, VectorTask
 from dsrl_vla.sources import NoiseSource
+from dsrl_vla.training import RunResult, train
 
 Runs = list[dict[str, Any]]
 Job = tuple[str, str, int]
@@ -77,6 +78,18 @@ def grow(
         variants[variant] = merged(variants.get(variant, []), [fresh], settings)
         out.write_text(json.dumps(found | {task: beside | {"variants": variants}}, indent=1) + "\n")
         print(task, variant, seed, fresh["steered"], flush=True)
+
+
+def trained(recipe: Recipe, out: Path, **options: Any) -> RunResult:
+    """Train, or go on where a run was cut off.
+
+    Raises:
+        KeyboardInterrupt: it was cut off again: what it has found so far is not a run's.
+    """
+    result = train(recipe, out, resume=(out / "recipe.yaml").exists(), **options)
+    if result.interrupted:
+        raise KeyboardInterrupt
+    return result
 
 
 def evaluated(recipe: Recipe, source: NoiseSource, known: dict[str, Measure]) -> tuple[dict[str, Any], Measure]:

@@ -34,7 +34,7 @@ from dsrl_vla.rollout import VectorTask
 from dsrl_vla.run_dir import Metrics
 from dsrl_vla.sources import HeadNoise, NoiseSource
 from dsrl_vla.tasks import make_task
-from kept_runs import base_measures, evaluated, finished, grow, settings
+from kept_runs import base_measures, evaluated, finished, grow, settings, trained
 
 TASKS = ("hopper", "walker2d", "halfcheetah")
 RUNS = Path("runs/paper-gym")
@@ -99,16 +99,12 @@ def recipe_for(task: str, variant: str, seed: int, args: Args) -> Recipe:
 
 def run_ours(recipe: Recipe, out: Path) -> tuple[dict[str, Any], NoiseSource]:
     """Train by the shipped recipe; what is to be told of the run, and its best head's noise."""
-    from dsrl_vla.training import train
-
-    result = train(recipe, out, resume=(out / "recipe.yaml").exists(), evaluate_after=False)
-    if result.interrupted:
-        raise KeyboardInterrupt  # what it has found so far is not a run's
+    head = trained(recipe, out, evaluate_after=False).head
     rows = Metrics(out / "metrics.jsonl").rows()
     curve = [
         [r["env_steps"], r["seconds"], round(r["validation_return"], 1)] for r in rows if "validation_return" in r
     ]
-    return {"curve": curve, "env_steps": rows[-1]["env_steps"], "updates": rows[-1]["updates"]}, HeadNoise(result.head)
+    return {"curve": curve, "env_steps": rows[-1]["env_steps"], "updates": rows[-1]["updates"]}, HeadNoise(head)
 
 
 def run_sb3(recipe: Recipe, out: Path) -> tuple[dict[str, Any], NoiseSource]:

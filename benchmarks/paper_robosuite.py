@@ -21,8 +21,7 @@ from typing import Any
 import torch
 import tyro
 from dsrl_vla.recipe import Recipe, load_recipe
-from dsrl_vla.training import train
-from kept_runs import base_measures, finished, grow, recorded, settings
+from kept_runs import base_measures, finished, grow, recorded, settings, trained
 from steer_metaworld import learning_curve
 
 RUNS = Path("runs/paper-robosuite")
@@ -77,7 +76,7 @@ def run(task: str, variant: str, seed: int) -> tuple[dict[str, Any], dict[str, A
         recorded(f"robosuite-{task}", "held", RECORDED, Path(recipe.offline.source))
     known = base_measures(RUNS / f"{task}-base.json", recipe)
     if not finished(out, recipe):
-        train(recipe, out, resume=(out / "recipe.yaml").exists(), known=known)
+        trained(recipe, out, known=known)
     result = json.loads((out / "eval.json").read_text())
     fresh = {key: result[key] for key in OWN if key in result} | learning_curve(out)
     beside = {key: result[key] for key in ("task", "episodes", "base", "controls")}

@@ -53,14 +53,12 @@ def measured(base: Path) -> dict[str, Any]:
 
 def trained(base: Path, seed: int) -> Path:
     """A head: the best of its run."""
-    from dsrl_vla.training import train
+    import kept_runs
 
     recipe = recipe_for(base, seed)
     out = RUNS / recipe.name
     if not (out / "finished").exists():
-        result = train(recipe, out, resume=(out / "recipe.yaml").exists(), evaluate_after=False)
-        if result.interrupted:
-            raise KeyboardInterrupt  # its best head so far is not a run's
+        kept_runs.trained(recipe, out, evaluate_after=False)
         (out / "finished").touch()
     return out
 

@@ -63,7 +63,6 @@ def base_measures(task: str) -> dict[str, Any]:
 def run_task(job: tuple[str, str, int]) -> None:
     """One training run, unless its directory is there already."""
     import torch
-    from dsrl_vla.training import train
 
     task, kind, seed = job
     torch.set_num_threads(1)
@@ -71,7 +70,7 @@ def run_task(job: tuple[str, str, int]) -> None:
     if kind == "base":
         base_measures(task)
     elif not finished(out, recipe_for(task, kind, seed)):
-        train(recipe_for(task, kind, seed), out, resume=(out / "recipe.yaml").exists(), known=base_measures(task))
+        kept_runs.trained(recipe_for(task, kind, seed), out, known=base_measures(task))
     print("done", task, kind, seed, flush=True)
 
 

@@ -1,7 +1,8 @@
-"""The paired evaluation that ends a run, with the baselines that its recipe asks for."""
+"""What ends a run: its finalists play again; the paired evaluation, with the baselines that its recipe asks for."""
 
 from __future__ import annotations
 
+import contextlib
 from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
@@ -9,12 +10,27 @@ from tqdm import tqdm
 from . import seeds as seed_ranges
 from .evaluation import Measure, evaluate, evaluation_episodes, measure
 from .head import SteeringHead
+from .interrupts import stop_requests
 from .noise_aliasing import NoiseAliasing
 from .noise_search import BestOfK
 from .run_dir import write_json
 
 if TYPE_CHECKING:
     from .trainer import Trainer
+
+
+def settle(trainer: Trainer) -> None:
+    """Let the finalists play as many further episodes as they have played, and keep the best of them.
+
+    Nothing must be waiting to be written: a checkpoint of after it would let them play once more when resumed.
+    """
+    episodes, count = trainer.recipe.train.validation_episodes, len(trainer.finalists.ranked)
+    if count < 2:
+        return
+    total = count * episodes * len(trainer.recipe.task.uris)
+    guard = stop_requests(at_once=True) if trainer.collector.live else contextlib.nullcontext()
+    with guard, tqdm(total=total, unit="episode", desc="finalists", disable=None) as bar:
+        trainer.finalists.settle(lambda head: trainer.play(head, episodes, episodes, lambda _: bar.update()))
 
 
 def evaluate_run(trainer: Trainer, head: SteeringHead, known: dict[str, Measure] | None) -> dict[str, Any]:

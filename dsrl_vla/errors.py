@@ -50,6 +50,11 @@ def at_least(least: float, config: object, where: str, *names: str) -> None:
             raise bad(f"{where}.{name}", f"{least} or more", getattr(config, name))
 
 
+def first_line(error: Exception) -> str:
+    """What an exception says, for a message of one line; its kind where it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 def unknown(kind: str, name: str, known: Iterable[str]) -> UnknownNameError:
     """Build the message for a name that does not exist, with the nearest one that does."""
     known = sorted(known)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import logging
 import math
@@ -237,7 +236,7 @@ class Trainer:
     def validate(self) -> dict[str, float]:
         """Run the averaged, deterministic head on the validation episodes; save it when it is one of the best."""
         head, config = self.learner.average, self.recipe.train
-        found = Finalist(self.collector.env_steps, *self._play(head, 0, config.validation_episodes))
+        found = Finalist(self.collector.env_steps, *self.play(head, 0, config.validation_episodes))
         self.validated.append(found.mean)
         if self.finalists.takes(found):
             head.calibrate(self.replay.observations() or self.data.observations())
@@ -247,7 +246,7 @@ class Trainer:
                 self.checkpoint()
         return {f"validation_{self.measured}": found.mean, "validation_steps": found.steps}
 
-    def _play(
+    def play(
         self, head: SteeringHead, first: int, episodes: int, tick: Callable[[Episode], None] = lambda _: None
     ) -> tuple[float, float, int]:
         """What counts, the steps of an episode, and how many there were: validation's from number `first` on."""
@@ -259,19 +258,6 @@ class Trainer:
     def best_head(self) -> SteeringHead:
         """The best head so far; the present one when none has been validated."""
         return self.finalists.best_head() or self.learner.average.eval()
-
-    def settle(self) -> None:
-        """Let the finalists play as many further episodes as they have played, and keep the best of them.
-
-        Nothing must be waiting to be written: a checkpoint of after it would let them play once more when resumed.
-        """
-        episodes, count = self.recipe.train.validation_episodes, len(self.finalists.ranked)
-        if count < 2:
-            return
-        total = count * episodes * len(self.recipe.task.uris)
-        guard = stop_requests(at_once=True) if self.collector.live else contextlib.nullcontext()
-        with guard, tqdm(total=total, unit="episode", desc="finalists", disable=None) as bar:
-            self.finalists.settle(lambda head: self._play(head, episodes, episodes, lambda _: bar.update()))
 
     def checkpoint(self) -> None:
         """Write all that is needed to go on, unless it is not sound. A disk that is full does not end the run."""

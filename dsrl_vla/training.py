@@ -13,8 +13,8 @@ import torch
 from tqdm import tqdm
 
 from . import seeds as seed_ranges
-from .closing import evaluate_run
-from .errors import bad
+from .closing import evaluate_run, settle
+from .errors import DsrlError, bad
 from .evaluation import Measure
 from .finalists import HEADS, LIST
 from .head import SteeringHead
@@ -102,7 +102,7 @@ def train(
         finished = trainer.run()
         trainer.check_saved()
         if finished:
-            trainer.settle()
+            settle(trainer)
             trainer.check_saved()
         head = trainer.best_head()
         result = None
@@ -154,6 +154,8 @@ def _prepare(recipe: Recipe, out: Path, resume: bool) -> None:
         raise bad(
             f"{out}", "a new directory", "one that holds a head, which a run would spoil", "Choose another --out."
         )
+    if path.exists() and not resume and not _resolved(path):
+        raise bad(f"{out}", "a new directory", f"one with a recipe of your own, {path}", "Choose another --out.")
     if resume and not path.exists():
         raise bad(f"{out}", "a run to resume", "no recipe.yaml there")
     if resume and (started := load_recipe(path)) != recipe:
@@ -161,8 +163,15 @@ def _prepare(recipe: Recipe, out: Path, resume: bool) -> None:
         raise bad(f"{path}", "the recipe this run was started with", got, "Give the same options again, or none.")
     with disk_errors(out):
         out.mkdir(parents=True, exist_ok=True)
-        if not path.exists() or load_recipe(path) != recipe:  # somebody's own file may say more than we would
-            write_text(path, recipe.to_yaml())
+        write_text(path, recipe.to_yaml())
+
+
+def _resolved(path: Path) -> bool:
+    """Whether a recipe is one that a run has written: nothing is lost when the next one writes it anew."""
+    try:
+        return path.read_text() == load_recipe(path).to_yaml()
+    except DsrlError:
+        return False
 
 
 def load_run(out: Path | str) -> tuple[Recipe, SteeringHead]:

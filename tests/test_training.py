@@ -168,8 +168,8 @@ def test_the_warm_up_lasts_until_there_is_something_to_learn_from(fork_folder, t
 
 def test_a_run_that_ends_before_it_has_learnt_is_an_error(fork_folder, tmp_path):
     recipe = load_recipe("drawer-open", short(fork_folder, env_steps=600, learning_starts=500))
-    wanted = r"the 500 decisions of train.learning_starts, got \d+ decisions: .* About \d{4} steps make so many"
-    with pytest.raises(DsrlError, match=wanted):
+    wanted = r"more than the 500 decisions of train.learning_starts, got \d+ decisions: nothing has been learnt"
+    with pytest.raises(DsrlError, match=wanted + r"\. About \d{4} steps make so many"):
         train(recipe, tmp_path / "run")
 
 
@@ -238,12 +238,13 @@ def test_a_heads_folder_is_not_trained_into(finished, fork_folder, tmp_path):
         train(load_recipe("drawer-open", short(fork_folder)), tmp_path / "head")
 
 
-def test_a_recipe_with_remarks_beside_which_a_run_begins_is_left_as_it_is(fork_folder, tmp_path):
+def test_a_recipe_of_ones_own_is_not_written_over(fork_folder, tmp_path):
     out = tmp_path / "run"
     out.mkdir()
     path = out / "recipe.yaml"
     path.write_text("# mine\n" + yaml.safe_dump(short(fork_folder) | {"extends": "drawer-open"}))
-    train(load_recipe(path), out, evaluate_after=False)
+    with pytest.raises(DsrlError, match="a new directory, got one with a recipe of your own"):
+        train(load_recipe(path), out, evaluate_after=False)
     assert path.read_text().startswith("# mine")
 
 

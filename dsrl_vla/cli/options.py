@@ -32,8 +32,8 @@ def parse(kind: type, argv: list[str], command: str) -> tuple[Any, list[str]]:
         rest.append(f"--{name}={value}")
     args: Any
     args, unread = tyro.cli(kind, prog=f"dsrl-vla {command}", args=own, return_unknown_args=True)
-    for token in unread:
-        raise DsrlError(f"unexpected argument '{token}': expected an option such as --train.seed 3.")
+    if unread:
+        raise DsrlError(f"unexpected argument '{unread[0]}': expected an option such as --train.seed 3.")
     return args, rest
 
 

@@ -69,7 +69,7 @@ def run_train(argv: list[str]) -> int:
     result = train(recipe, out, resume=args.resume)
     if not result.leads:
         return 0
-    if result.interrupted or result.evaluation is None:
+    if result.evaluation is None:
         return 130
     print(summary(result.evaluation))
     print(f"run directory: {result.out}")

@@ -20,6 +20,8 @@ from dsrl_vla.observation import IMAGE_PREFIX, PROMPT, STATE, Observations
 from dsrl_vla.plain import read_object
 
 FILE = "processor_config.json"
+_IMAGE = "<image>"
+_PROMPTS = 64  # whose tokens are kept: a server's clients may send any number
 
 
 @dataclass(frozen=True)
@@ -122,7 +124,9 @@ class Pi0Processing:
     def _tokens(self, prompt: str) -> tuple[torch.Tensor, torch.Tensor]:
         if prompt not in self._prompts:
             count = self.statistics.image_seq_length * len(self.statistics.cameras)
-            text = f"{'<image>' * count}{self.tokenizer.bos_token}{prompt}\n"
+            if _IMAGE in prompt:
+                raise bad(PROMPT, f"words without '{_IMAGE}', which stands for a part of an image", f"'{prompt}'"[:80])
+            text = f"{_IMAGE * count}{self.tokenizer.bos_token}{prompt}\n"
             tokens = self.tokenizer(
                 text,
                 padding="max_length",
@@ -134,6 +138,8 @@ class Pi0Processing:
                 raise bad(
                     PROMPT, f"at most {self.statistics.max_length} tokens", f"{tokens['input_ids'].shape[1] - count}"
                 )
+            while len(self._prompts) >= _PROMPTS:
+                self._prompts.pop(next(iter(self._prompts)))
             self._prompts[prompt] = tokens["input_ids"][0], tokens["attention_mask"][0]
         return self._prompts[prompt]
 

@@ -47,6 +47,17 @@ def load_base(uri: str, **options: Any) -> FrozenPolicy:
         raise
 
 
+def check_named(uri: str, by: str, fix: str) -> None:
+    """Refuse a base at a network address that was not typed but named `by` a file from who knows where: this machine's
+    API key, and what its robot sees, would go there.
+
+    Raises:
+        DsrlError: it is at one.
+    """
+    if "://" in uri:
+        raise bad(by, "to name a base that is no address on the network", f"'{uri}'", f"If you trust it: {fix}.")
+
+
 def _check_options(adapter: str, loader: Callable[..., FrozenPolicy], options: Mapping[str, Any]) -> None:
     parameters = inspect.signature(loader).parameters
     if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):

@@ -31,12 +31,19 @@ def load(group: str, kind: str, name: str) -> Any:
     """Import what is registered as `name`.
 
     Raises:
-        UnknownNameError: nothing is; names the nearest one.
+        UnknownNameError: nothing is; names the nearest one. DsrlError: what is cannot be imported.
     """
     known = names(group)
     if name not in known:
         raise unknown(kind, name, known)
-    return next(iter(metadata.entry_points(group=group, name=name))).load()
+    try:
+        return next(iter(metadata.entry_points(group=group, name=name))).load()
+    except DsrlError:
+        raise
+    except (ImportError, AttributeError) as error:
+        raise DsrlError(
+            f"entry point '{name}' of group '{group}': expected '{known[name]}' to be importable, got: {error}."
+        ) from error
 
 
 def imported(name: str, field: str) -> Any:

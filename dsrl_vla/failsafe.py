@@ -100,15 +100,19 @@ class Guard:
     Owns the counters and the latch. Not to be shared between threads.
     """
 
-    def __init__(self, head: SteeringHead, space: NoiseSpace, config: FailSafe):
+    def __init__(self, head: SteeringHead, space: NoiseSpace, config: FailSafe, worker: _Worker | None = None):
         self.head, self.space, self.config = head, space, config
         self.decisions = 0
         self.fallbacks: Counter[str] = Counter()
         """How often the base decided alone, by kind of reason."""
         self.latched = False
-        self._worker: _Worker | None = None
+        self._worker = _Worker() if worker is None and config.deadline_s is not None else worker
         self._allowed: dict[str, torch.Tensor] = {}
         self._recent: deque[bool] = deque(maxlen=config.window)
+
+    def another(self) -> Guard:
+        """A guard over the same head with counters and a latch of its own. Only one of them may ask at a time."""
+        return Guard(self.head, self.space, self.config, self._worker)
 
     def reset(self) -> None:
         """Trust the head again. Counters are kept."""
@@ -183,7 +187,7 @@ class Guard:
         if limit is None:
             latent = call()
         else:
-            self._worker = self._worker or _Worker()
+            assert self._worker is not None
             latent = self._worker.run(call, limit)
         wanted = (len(seeds), *self.head.layout.latent_shape)
         if tuple(latent.shape) != wanted:

@@ -20,8 +20,9 @@ def first_recipe(path: Path, name: str) -> str:
     if not path.is_file():
         raise bad(f"{path}", "the preflight.json that `dsrl-vla preflight` wrote", "no such file")
     try:
-        report = json.loads(path.read_text())
-        return _fill(report, path.name, name)
+        return _fill(json.loads(path.read_text()), path.name, name)
+    except json.JSONDecodeError as error:
+        raise bad(f"{path}", "the preflight.json that `dsrl-vla preflight` wrote", f"no JSON: {error}") from error
     except (KeyError, TypeError, ValueError) as error:
         raise bad(f"{path}", "a preflight.json of this version", f"one without {error}", "Run it again.") from error
 

@@ -22,7 +22,7 @@ from .head_config import CONFIG, WEIGHTS, HeadConfig
 from .networks import ImageTokens, build
 from .observation import IMAGE_PREFIX, STATE, Observations
 from .policy import Encoding
-from .run_dir import disk_errors, write_tensors, write_text
+from .run_dir import make_folder, write_tensors, write_text
 
 _LOG_STD = (-5.0, 2.0)
 
@@ -160,8 +160,7 @@ class SteeringHead(nn.Module):
     def save_pretrained(self, folder: Path | str) -> None:
         """Write ``head.safetensors`` and ``head_config.json``, each all or nothing. Raises as `disk_errors` does."""
         folder = Path(folder)
-        with disk_errors(folder):
-            folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         write_tensors(folder / WEIGHTS, self.state_dict())
         write_text(folder / CONFIG, self.config.to_json())
 

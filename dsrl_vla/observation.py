@@ -6,7 +6,7 @@ a list of B prompts.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -40,15 +40,19 @@ class ObservationSpec:
             raise bad(STATE, f"shape (B, {self.state_dim})", f"{state.shape}")
         if state.dtype.kind not in "fiu":
             raise bad(STATE, "numbers", f"dtype {state.dtype}")
-        if not np.isfinite(state).all():
-            row, column = np.argwhere(~np.isfinite(state))[0]
-            raise bad(f"{STATE}[{row}, {column}]", "a finite number", f"{state[row, column]}")
+        with np.errstate(over="ignore"):
+            finite = np.isfinite(state.astype(np.float32))  # which is what it becomes
+        if not finite.all():
+            row, column = np.argwhere(~finite)[0]
+            expected = "a number that float32 holds" if np.isfinite(state[row, column]) else "a finite number"
+            raise bad(f"{STATE}[{row}, {column}]", expected, f"{state[row, column]}")
         batch = state.shape[0]
         for name, shape in self.cameras.items():
             self._check_image(IMAGE_PREFIX + name, _get(observations, IMAGE_PREFIX + name), batch, shape)
         if self.prompt:
             prompts = _get(observations, PROMPT)
-            if isinstance(prompts, str) or len(prompts) != batch or not all(isinstance(p, str) for p in prompts):
+            texts = list(prompts) if isinstance(prompts, Iterable) and not isinstance(prompts, str) else []
+            if len(texts) != batch or not all(isinstance(text, str) for text in texts):
                 raise bad(PROMPT, f"a list of {batch} prompts", f"{prompts!r}"[:80])
         return batch
 
@@ -59,7 +63,7 @@ class ObservationSpec:
             raise bad(key, "uint8 in [0, 255]", f"dtype {image.dtype}")
         want = f"({batch}, {', '.join(map(str, shape))})" if shape else f"({batch}, H, W, 3)"
         wrong = image.shape != (batch, *shape) if shape else image.ndim != 4 or image.shape[::3] != (batch, 3)
-        if wrong:
+        if wrong or not all(image.shape[1:]):
             raise bad(key, f"shape {want}", f"{image.shape}")
 
 

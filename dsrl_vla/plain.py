@@ -27,6 +27,23 @@ def read_object(path: Path, named: str = "") -> dict[str, Any]:
     return found
 
 
+def read_sections(path: Path, named: str) -> dict[str, Any]:
+    """The mapping in a YAML file.
+
+    Raises:
+        DsrlError: it is empty, or holds anything else; says so of `named`.
+    """
+    import yaml
+
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise bad(named, "YAML in UTF-8", " ".join(str(error).split())) from error
+    if not isinstance(tree, dict):
+        raise bad(named, "a mapping of sections", "an empty file" if tree is None else type(tree).__name__)
+    return tree
+
+
 def from_plain(cls: type, tree: Any, where: str, kind: str = "recipe key") -> Any:
     """Build a dataclass from plain data; `where` is its name in messages.
 

@@ -21,11 +21,11 @@ from .nano.clone import CloneConfig
 from .nano.demos import DemoConfig, Demos, collect
 from .nano.model import NanoConfig
 from .observation import IMAGE_PREFIX, PROMPT, Observations
-from .plain import from_plain
+from .plain import from_plain, read_sections
 from .policy import Encoding, FrozenPolicy
 from .recipes import shipped
 from .rollout import TaskConfig, VectorTask
-from .run_dir import disk_errors, write_json, write_text
+from .run_dir import make_folder, write_json, write_text
 from .sources import PriorNoise
 
 GROUP = "dsrl_vla.architectures"
@@ -59,11 +59,8 @@ def load_pretrain_recipe(source: str | Path) -> PretrainRecipe:
     path = shipped().get(str(source), Path(source))
     if not path.is_file():
         raise bad("recipe", "a YAML file or the name of a shipped pretraining recipe", f"'{source}'")
-    try:
-        tree = yaml.safe_load(path.read_text()) or {}
-    except yaml.YAMLError as error:
-        raise bad(f"recipe '{source}'", "YAML", " ".join(str(error).split())) from error
-    if isinstance(tree, dict) and {"extends", "task", "train"} & set(tree):
+    tree = read_sections(path, f"recipe '{source}'")
+    if {"extends", "task", "train"} & set(tree):
         raise bad(f"recipe '{source}'", "one that makes a base", "one to steer by", "Use: dsrl-vla train.")
     return from_plain(PretrainRecipe, tree, "")
 
@@ -76,6 +73,7 @@ def pretrain(recipe: PretrainRecipe, out: Path) -> FrozenPolicy:
     """
     if (out / "config.json").exists():
         raise bad(str(out), "a new folder", "one that holds a base")
+    make_folder(out)
     torch.set_num_threads(recipe.threads)
     with tqdm(
         total=len(recipe.demos.tasks) * recipe.demos.episodes, desc="demonstrations", unit="episode", disable=None
@@ -88,11 +86,8 @@ def pretrain(recipe: PretrainRecipe, out: Path) -> FrozenPolicy:
             bar.update()
             bar.set_postfix({k: f"{v:.3f}" for k, v in losses.items()}, refresh=False)
 
-        with disk_errors(out):
-            out.mkdir(parents=True, exist_ok=True)
         base = load(GROUP, "architecture", recipe.architecture)(demos, recipe.clone, recipe.model, out, report)
-    with disk_errors(out):
-        write_text(out / "pretrain.yaml", yaml.safe_dump(json.loads(json.dumps(asdict(recipe))), sort_keys=False))
+    write_text(out / "pretrain.yaml", yaml.safe_dump(json.loads(json.dumps(asdict(recipe))), sort_keys=False))
     write_results(out, recipe, base, demos)
     return base
 

@@ -23,7 +23,7 @@ from .networks import NetworkConfig
 from .noise import NoiseLayout, NoiseSpace
 from .noise_aliasing import NAConfig
 from .offline import OfflineConfig
-from .plain import from_plain
+from .plain import from_plain, read_sections
 from .policy import FrozenPolicy
 from .recipes import shipped
 from .rollout import TaskConfig
@@ -241,12 +241,7 @@ def _read(source: str | Path, seen: tuple[str, ...] = ()) -> dict[str, Any]:
         raise bad("recipe", "an existing YAML file or the name of a shipped recipe", f"'{source}'")
     if str(path) in seen:
         raise bad(f"{path.name}: extends", "recipes that do not extend each other in a circle", " -> ".join(seen))
-    try:
-        tree = yaml.safe_load(path.read_text()) or {}
-    except yaml.YAMLError as error:
-        raise bad(f"recipe '{source}'", "YAML", " ".join(str(error).split())) from error
-    if not isinstance(tree, dict):
-        raise bad(f"recipe '{source}'", "a mapping of sections", type(tree).__name__)
+    tree = read_sections(path, f"recipe '{source}'")
     parent = tree.pop("extends", None)
     if parent is None:
         return tree

@@ -12,6 +12,7 @@ import json
 import logging
 import os
 import shutil
+import tempfile
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -25,11 +26,12 @@ from .manifest import MANIFEST, check_manifest, write_manifest
 log = logging.getLogger(__name__)
 STATE, TENSORS = "state.json", "tensors.safetensors"
 KEEP = 2
+_NO_PLACE = (errno.EACCES, errno.EROFS, errno.EEXIST, errno.ENOENT, errno.ENOTDIR, errno.EISDIR)
 
 
 @contextlib.contextmanager
 def disk_errors(path: Path) -> Iterator[None]:
-    """Turn a full or read-only disk into a sentence."""
+    """Turn a full or read-only disk, or a path that cannot be one, into a sentence."""
     try:
         yield
     except Exception as error:
@@ -41,9 +43,16 @@ def disk_errors(path: Path) -> Iterator[None]:
                 f"{path}: expected room on the disk, got a full one ({free:.0f} MB free). Free some and go on with "
                 "--resume; what was written before is intact."
             ) from error
-        if number in (errno.EACCES, errno.EROFS):
+        if number in _NO_PLACE:
             raise bad(str(path), "a folder that can be written", text) from error
         raise
+
+
+def make_folder(path: Path) -> None:
+    """Make a folder, before the work whose result is to lie there; raises as `disk_errors` does."""
+    with disk_errors(path):
+        path.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=path).close()
 
 
 def _fsync(path: Path) -> None:
@@ -64,7 +73,8 @@ def _replacing(path: Path) -> Iterator[Path]:
             _fsync(temporary)
             os.replace(temporary, path)
     except BaseException:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
         raise
 
 
@@ -89,8 +99,7 @@ def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
 
 def copy_files(source: Path, folder: Path) -> None:
     """Replace files of a folder by another's of the same name, each all or nothing."""
-    with disk_errors(folder):
-        folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     for path in sorted(source.iterdir()):
         with _replacing(folder / path.name) as temporary:
             shutil.copyfile(path, temporary)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import math
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -31,6 +31,7 @@ class SteeredPolicy:
     ...     same_as_base = policy.act(observation, seed=0)   # bit for bit base.act(observation, seed=0)
 
     Args:
+        head: one that was loaded, or what `SteeringHead.from_pretrained` takes.
         allow_mismatch: names of differences between `base` and the head's own base to put up with; see
             `dsrl_vla.pairing`.
         failsafe: when the base decides alone.
@@ -42,11 +43,15 @@ class SteeredPolicy:
     def __init__(
         self,
         base: FrozenPolicy,
-        head: SteeringHead,
+        head: SteeringHead | Path | str,
         *,
         allow_mismatch: Sequence[str] = (),
         failsafe: FailSafe | None = None,
     ):
+        if isinstance(head, (Path, str)):
+            from .head import SteeringHead
+
+            head = SteeringHead.from_pretrained(head)
         check_pair(head.config, base, allow_mismatch)
         self.base, self.head = base, head.eval()
         self.guard = Guard(self.head, base.spec.noise, failsafe or FailSafe())
@@ -108,16 +113,6 @@ class SteeredPolicy:
                 raise ValueError("its actions hold NaN or infinity")
         self.guard.recount([not reason for reason in reasons], NOT_FINITE)
         return actions, [reason or NOT_FINITE for reason in reasons]
-
-    @contextlib.contextmanager
-    def rehearsing(self) -> Iterator[SteeredPolicy]:
-        """Within this context observations may be made up: nothing is foreign, and nothing is counted."""
-        before = self.guard
-        self.guard = Guard(self.head, self.base.spec.noise, FailSafe(max_z=math.inf))
-        try:
-            yield self
-        finally:
-            self.guard = before
 
     @property
     def steering(self) -> bool:

@@ -27,7 +27,7 @@ from .policy import FrozenPolicy
 from .probing import probe
 from .recipe import AUTO, Recipe, differing, load_recipe
 from .rollout import VectorTask
-from .run_dir import disk_errors, write_json, write_text
+from .run_dir import make_folder, write_json, write_text
 from .team import LaunchedTeam, join_team
 from .trainer import Trainer
 
@@ -53,7 +53,7 @@ class RunResult:
 
 
 def train(
-    recipe: Recipe,
+    recipe: Recipe | Path | str,
     out: Path | str,
     *,
     base: FrozenPolicy | None = None,
@@ -64,6 +64,7 @@ def train(
     """Train a head by a recipe.
 
     Args:
+        recipe: one that was loaded, or what `load_recipe` takes: a shipped one's name, a YAML file.
         out: the run's directory: ``recipe.yaml``, ``metrics.jsonl``, ``checkpoints/``, ``best/`` (the head),
             ``eval.json``, ``curves.png``, ``rollouts.mp4``.
         base: an already loaded base; by default the recipe's.
@@ -78,6 +79,7 @@ def train(
             saved.
     """
     out, team = Path(out), join_team()
+    recipe = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
     torch.set_num_threads(recipe.train.threads)
     if isinstance(team, LaunchedTeam) and not team.leads:
         return RunResult(_follow(team, recipe), None, out, leads=False)
@@ -161,9 +163,8 @@ def _prepare(recipe: Recipe, out: Path, resume: bool) -> None:
     if resume and (started := load_recipe(path)) != recipe:
         got = f"another one, which differs in {', '.join(differing(started, recipe)) or 'its name'}"
         raise bad(f"{path}", "the recipe this run was started with", got, "Give the same options again, or none.")
-    with disk_errors(out):
-        out.mkdir(parents=True, exist_ok=True)
-        write_text(path, recipe.to_yaml())
+    make_folder(out)
+    write_text(path, recipe.to_yaml())
 
 
 def _resolved(path: Path) -> bool:

@@ -31,6 +31,8 @@ def test_train_resume_eval_and_preflight(fork_recipe, tmp_path, capsys, caplog):
     assert again["steered"] == result["steered"] and again["base"] == result["base"]
     assert again["env_steps"] == result["env_steps"] and again["warnings"] == result["warnings"]
     assert "steered less base" in capsys.readouterr().out
+    assert main(["eval", str(out), "--episodes", "2", "--no-controls", "--out", str(tmp_path / "new" / "x.json")]) == 0
+    assert json.loads((tmp_path / "new" / "x.json").read_text())["episodes"] == 2
 
     flags = ["--episodes", "6", "--best-of", "2", "--layouts", "repeat", "chunk", "--bounds", "1.5"]
     assert main(["preflight", str(fork_recipe), "--out", str(tmp_path / "pre"), *flags]) == 0
@@ -69,6 +71,23 @@ def test_errors_are_one_line_with_status_2(argv, message, capsys, tmp_path, monk
     assert main(argv) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith("dsrl-vla: ") and message in error
+
+
+@pytest.mark.parametrize("out", ["file", "file/run"])
+@pytest.mark.parametrize("command", ["train", "preflight", "search", "eval"])
+def test_a_place_that_no_result_can_lie_in_is_refused_before_the_work(command, out, fork_recipe, tmp_path, capsys):
+    (tmp_path / "file").write_text("somebody's")
+    target = str(tmp_path / out)
+    if command == "eval":
+        assert main(["train", str(fork_recipe), "--out", str(tmp_path / "run"), "--train.env_steps", "400"]) == 0
+        assert main(["eval", str(tmp_path / "run"), "--out", str(tmp_path / "run")]) == 2
+        assert "eval --out: expected a JSON file to write, got a folder" in capsys.readouterr().err
+        target += "/x.json"
+    argv = [str(tmp_path / "run")] if command == "eval" else [str(fork_recipe)]
+    assert main([command, *argv, "--out", target]) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("dsrl-vla: ") and "expected a folder that can be written, got [Errno" in error
+    assert (tmp_path / "file").read_text() == "somebody's"
 
 
 def test_help_and_version(capsys):

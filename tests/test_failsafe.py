@@ -80,13 +80,15 @@ def test_each_fault_gives_the_bases_own_action_bit_for_bit(base, observation, fa
     assert "decision 3 is the base's own" in caplog.text
 
 
-def test_a_sound_head_steers_and_nothing_is_counted(base, observation):
+def test_a_sound_head_steers_and_nothing_is_counted(base, observation, tmp_path):
     head = make_head(base)
     policy = SteeredPolicy(base, head, failsafe=FailSafe(deadline_s=30.0))
     seen = observation(base)
     steered = policy.act(seen, seed=3)
     assert not torch.equal(steered, base.act(seen, seed=3))
     assert torch.equal(steered, SteeredPolicy(base, head).act(seen, seed=3))  # in the worker's thread or not
+    head.save_pretrained(tmp_path)
+    assert torch.equal(steered, SteeredPolicy(base, tmp_path).act(seen, seed=3))  # or from its folder
     assert policy.fallbacks == {} and policy.last_fallback == "" and policy.steering
 
 

@@ -74,6 +74,31 @@ def test_a_tokenizer_that_is_not_there_is_asked_for(smolvla, tmp_path):
         load_base(f"lerobot:{folder}")
 
 
+EVIL = """
+from pathlib import Path
+Path("{trace}").touch()
+from transformers import PreTrainedTokenizerFast as Evil
+"""
+
+
+def test_code_that_comes_with_a_checkpoint_is_not_run(smolvla, tmp_path):
+    """LeRobot's own step of that name loads from where the file says, and trusts what it finds."""
+    folder, trace = shutil.copytree(smolvla, tmp_path / "evil"), tmp_path / "run"
+    tokenizer = folder / "tokenizer"
+    tokenizer.mkdir()
+    (tokenizer / "evil.py").write_text(EVIL.format(trace=trace))
+    auto = {"AutoProcessor": "evil.Evil"}
+    (tokenizer / "processor_config.json").write_text(json.dumps({"processor_class": "Evil", "auto_map": auto}))
+    path = folder / "policy_preprocessor.json"
+    tree = json.loads(path.read_text())
+    config = {"action_tokenizer_name": str(tokenizer)}
+    tree["steps"].append({"registry_name": "action_tokenizer_processor", "config": config})
+    path.write_text(json.dumps(tree))
+    with pytest.raises(DsrlError, match="expected data alone, got code to run: evil.py"):
+        load_base(f"lerobot:{folder}")
+    assert not trace.exists()
+
+
 @pytest.mark.parametrize("name", ["model.safetensors", "policy_preprocessor.json", "policy_postprocessor.json"])
 def test_a_file_that_is_missing_is_named(smolvla, tmp_path, name):
     folder = shutil.copytree(smolvla, tmp_path / "part")

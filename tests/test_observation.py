@@ -41,6 +41,9 @@ nan[1, 2] = np.nan
         ("task", "open", "task: expected a list of 2 prompts"),
         ("task", ["open"], "task: expected a list of 2 prompts"),
         ("task", [1, 2], "task: expected a list of 2 prompts"),
+        ("task", None, "task: expected a list of 2 prompts, got None"),
+        ("observation.state", np.full((2, 3), 1e39), r"\[0, 0\]: expected a number that float32 holds, got 1e\+39"),
+        ("observation.images.wrist", np.zeros((2, 0, 8, 3), np.uint8), r"wrist: expected shape \(2, H, W, 3\)"),
     ],
 )
 def test_each_fault_is_refused_by_name_on_one_line(key, value, message):

@@ -101,6 +101,18 @@ def test_two_distributions_cannot_claim_one_name(tmp_path):
     assert "expected one owner" in run.stderr
 
 
+def test_an_entry_point_that_names_nothing_is_said_in_a_sentence(tmp_path):
+    """A slip in somebody's own pyproject."""
+    info = tmp_path / "slip-1.0.dist-info"
+    info.mkdir()
+    (tmp_path / "slip.py").write_text(ADAPTER)
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: slip\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text("[dsrl_vla.adapters]\nslip = slip:lod\n")
+    run = python("from dsrl_vla import load_base; load_base('slip:5')", path=[tmp_path])
+    words = "entry point 'slip' of group 'dsrl_vla.adapters': expected 'slip:lod' to be importable"
+    assert words in run.stderr and "DsrlError" in run.stderr
+
+
 def test_unknown_adapters_are_refused_with_the_nearest():
     with pytest.raises(UnknownNameError, match="unknown adapter 'transformer'. Did you mean 'transformers'"):
         dsrl_vla.load_base("transformer:x")

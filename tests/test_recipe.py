@@ -57,7 +57,8 @@ def test_a_number_in_scientific_notation_is_a_number(write):
         ("head: {cameras: front}", "head.cameras: expected a list"),
         ("sac: 3", "sac: expected a mapping with keys"),
         ("- a", "expected a mapping of sections, got list"),
-        ("a: [", "expected YAML"),
+        ("a: [", "expected YAML in UTF-8"),
+        ("", "expected a mapping of sections, got an empty file"),
         ("noise: {columns: some}", "noise.columns: expected live or all"),
         ("task: {num_envs: 0}", "task.num_envs: expected 1 or more"),
         ("eval: {episodes: 0}", "eval.episodes: expected 1 or more"),
@@ -68,6 +69,12 @@ def test_each_fault_is_one_line_that_names_the_field(write, text, message):
     with pytest.raises(DsrlError, match=message) as caught:
         load_recipe(write(text))
     assert "\n" not in str(caught.value)
+
+
+def test_a_recipe_that_an_editor_saved_as_utf16_is_refused_in_a_sentence(tmp_path):
+    (tmp_path / "a.yaml").write_text("extends: demo", encoding="utf-16")
+    with pytest.raises(DsrlError, match="expected YAML in UTF-8, got 'utf-8' codec can't decode"):
+        load_recipe(tmp_path / "a.yaml")
 
 
 def test_unknown_recipes_and_circles_are_refused(write):

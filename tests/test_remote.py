@@ -6,6 +6,7 @@ import signal
 import socket
 import threading
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -155,6 +156,27 @@ def test_another_base_behind_the_same_address_is_noticed(fork_base, observation,
     another = pytest.raises(DsrlError, match="expected the base that was served there before, got another one")
     with PolicyServer(Service(other), ServerConfig(port=first.port)), another:
         remote.encode(batch([observation(fork_base)]))
+
+
+def test_other_processors_around_the_same_weights_are_noticed(tiny_pi0, observation, connect_to):
+    """The same weights under other statistics would act on another scale."""
+    first = PolicyServer(Service(tiny_pi0), ServerConfig(port=0)).start()
+    remote = connect_to(first.uri, deadline_s=20)
+    first.stop()
+    service = Service(tiny_pi0)
+    service.fingerprint = replace(service.fingerprint, processors={"statistics": "others"})
+    another = pytest.raises(DsrlError, match="expected the base that was served there before, got another one")
+    with PolicyServer(service, ServerConfig(port=first.port)), another:
+        remote.encode(batch([observation(tiny_pi0)]))
+
+
+def test_a_closed_base_says_so_and_can_be_closed_again(fork_base, observation, connect_to):
+    with PolicyServer(Service(fork_base), ServerConfig(port=0)) as server:
+        remote = connect_to(server.uri)
+        remote.close()
+        remote.close()
+        with pytest.raises(ServerUnavailableError, match="expected an open client, got one that was closed"):
+            remote.act(observation(fork_base), seed=0)
 
 
 def late(call, deadline):

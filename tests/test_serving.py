@@ -1,5 +1,6 @@
 """The server as its clients see it: openpi's protocol, the reserved keys, the fork's envelope, and who may come in."""
 
+import dataclasses
 import logging
 import shutil
 import subprocess
@@ -200,6 +201,17 @@ def test_whoever_knows_nothing_of_us_is_told_in_text(plain, tiny_pi0, observatio
     assert "floats in [0, 1]" in plain.ask(openpi(observation(tiny_pi0)) | glaring)
 
 
+@pytest.mark.parametrize("keys", [lambda seen: seen, openpi])
+def test_a_prompt_is_asked_for_and_found_under_either_name(tiny_pi0, served, observation, keys):
+    seen, prompt = keys(observation(tiny_pi0)), observation(tiny_pi0)["task"]
+    without = {key: value for key, value in seen.items() if key not in ("task", "prompt")}
+    with Line(served(tiny_pi0).uri) as line:
+        assert "prompt: expected to be in the observation" in line.ask(without)
+        expected = line.ask({**seen, "dsrl/seed": 0})["actions"]
+        for name in ("task", "prompt"):
+            assert np.array_equal(line.ask({**without, name: prompt, "dsrl/seed": 0})["actions"], expected)
+
+
 def test_a_failure_inside_is_a_number_to_the_client_and_a_traceback_in_the_log(fork_base, served, observation, caplog):
     base = Failing(fork_base.model)
     with Line(served(base).uri) as line, caplog.at_level(logging.ERROR):
@@ -258,10 +270,11 @@ def test_batches_are_powers_of_two_all_of_them_warm(fork_base, observation):
     service = Service(Recording(fork_base.model))
     worker, seen = Worker(service, max_batch=6), batch([observation(fork_base)])
     one, whole = Infer(seen, None, 0), Encode(seen, 1)
-    futures = [worker.submit(one, Handles(1))]
+    session = service.session(1)
+    futures = [worker.submit(one, session)]
     while not sizes:
         time.sleep(0.01)
-    futures += [worker.submit(request, Handles(1)) for request in [*[one] * 7, whole, one, one]]
+    futures += [worker.submit(request, session) for request in [*[one] * 7, whole, one, one]]
     blocked.set()
     for future in futures:
         future.result(10)
@@ -277,13 +290,14 @@ def test_one_clients_trouble_is_not_everybodys(fork_base, observation):
     from dsrl_vla.serving.worker import Worker
 
     base = Failing(fork_base.model)
-    worker = Worker(Service(base), max_batch=8)
+    service = Service(base)
+    worker, session = Worker(service, max_batch=8), service.session(1)
     good, bad = batch([observation(base)]), batch([observation(base)])
     bad["observation.state"] += 200
     blocked = threading.Event()
-    first = worker.submit(Infer(good, None, 0), Handles(1))
+    first = worker.submit(Infer(good, None, 0), session)
     first.add_done_callback(lambda _: blocked.wait(10))  # the queue fills up meanwhile
-    futures = [worker.submit(Infer(each, None, 0), Handles(1)) for each in (good, bad, good)]
+    futures = [worker.submit(Infer(each, None, 0), session) for each in (good, bad, good)]
     blocked.set()
     assert futures[0].result(10)["actions"].shape == (4, 2) and futures[2].result(10)["actions"].shape == (4, 2)
     with pytest.raises(RuntimeError):
@@ -334,7 +348,8 @@ def test_a_head_that_knows_how_far_training_went_is_not_switched_off_by_warming_
     service = Service(nano, head)
     service.warm_up((1, 2, 4, 8, 16))
     assert head.config.furthest and service.policy.steering
-    assert service.policy.fallbacks == {} and service.policy.guard.decisions == 0 and not service.counts
+    guard = service.session(1).guard
+    assert guard.fallbacks == {} and guard.decisions == 0 and not service.counts
 
 
 class Spoilt(FlowMLP):
@@ -355,9 +370,35 @@ def test_actions_that_only_the_heads_noise_spoils_are_the_bases_own(fork_base, s
     assert torch.equal(torch.tensor(reply["actions"])[: base.spec.executed_steps], base.act(seen, seed=3))
     assert reply["dsrl/source"] == "prior" and "NaN" in reply["dsrl/fallback"]
     request = [parse_infer(base, seen, seed) for seed in range(10)]
+    session = service.session(1)
     for each in request:
-        service.infer([each])
-    assert service.policy.fallbacks == {"base": 10} and not service.policy.steering
+        service.run(each, session)
+    assert session.guard.fallbacks == {"base": 10} and session.guard.latched
+    assert service.counts["noise.prior"] == service.counts["fallbacks"] == 10
+
+
+def test_one_robots_broken_sensor_switches_the_head_off_for_that_robot_alone(tiny_pi0, served, observation):
+    seen, head = observation(tiny_pi0), make_head(tiny_pi0)
+    head.config = dataclasses.replace(head.config, furthest={"state": (1.0,) * tiny_pi0.spec.observation.state_dim})
+    broken = {**seen, "observation.state": np.full_like(seen["observation.state"], 1e4)}
+    uri = served(tiny_pi0, head).uri
+    with Line(uri) as one, Line(uri) as other:
+        assert {one.ask(broken)["dsrl/source"] for _ in range(10)} == {"prior"}
+        assert one.ask(seen)["dsrl/fallback"] == "latched" and other.ask(seen)["dsrl/source"] == "head"
+        assert one.ask({"dsrl/op": "status"})["dsrl/status"]["fallbacks"] == 11
+    with Line(uri) as again:
+        assert again.ask(seen)["dsrl/source"] == "head"
+
+
+def test_noise_that_spoils_one_clients_actions_costs_the_others_nothing(fork_base, observation):
+    """Neither a second run of the base, nor a second entry in the book of fallbacks."""
+    base = Spoilt(fork_base.model)
+    service, seen = Service(base, make_head(base)), batch([observation(base)])
+    poison = torch.zeros(1, 1, *base.spec.noise.shape)
+    sessions = [service.session(1) for _ in range(2)]
+    good, refused = service.infer([Infer(seen, None, 3), Infer(seen, poison, 3)], sessions)
+    assert "NaN" in good["dsrl/fallback"] and isinstance(refused, DsrlError)
+    assert sessions[0].guard.fallbacks == {"base": 1} and sessions[0].guard.decisions == 1
 
 
 def parse_infer(base, seen, seed):
@@ -556,6 +597,8 @@ def test_a_run_is_served_with_its_base_and_its_best_head(fork_base, fork_recipe,
         (["serve", "nowhere"], "serve: expected a base's URI such as 'nano:', or a run's directory, got 'nowhere'"),
         (["serve", "flow-mlp:x", "--host", "0.0.0.0"], "expected an API key when listening on '0.0.0.0'"),
         (["serve", "flow-mlp:x", "--api-key-file", "none"], "--api-key-file: expected a file that can be read"),
+        (["serve", "flow-mlp:x", "--threads", "-2"], "serve.threads: expected 0 or more, got -2"),
+        (["serve", "flow-mlp:x", "--port", "70000"], "serve.port: expected from 0 to 65535, got 70000"),
         (["serve", "flow-mlp:x", "--keys", "libro"], "unknown key map 'libro'. Did you mean 'libero'"),
     ],
 )
@@ -564,6 +607,19 @@ def test_what_the_command_refuses(argv, message, capsys):
 
     assert main(argv) == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_heads_file_does_not_choose_who_gets_this_machines_key(fork_base, tmp_path, monkeypatch):
+    """Nor who gets what its robot sees: a downloaded head may name any address."""
+    from dsrl_vla.cli.serving import ServeArgs, load
+
+    monkeypatch.setenv("DSRL_VLA_API_KEY", KEY)
+    head = make_head(fork_base)
+    head.config = dataclasses.replace(head.config, base_model_name_or_path="remote:ws://127.0.0.1:9?deadline=1")
+    head.save_pretrained(tmp_path)
+    words = r"no address on the network, got 'remote:.*If you trust it: dsrl-vla serve 'remote:.*--head"
+    with pytest.raises(DsrlError, match=words):
+        load(ServeArgs(str(tmp_path)))
 
 
 def test_a_shipped_head_is_served_on_its_own_base():

@@ -98,6 +98,8 @@ def test_runs_are_not_overwritten_and_resumed_only_with_their_recipe(finished, f
         train(other, out, resume=True)
     with pytest.raises(DsrlError, match="no recipe.yaml there"):
         train(recipe, tmp_path / "new", resume=True)
+    with pytest.raises(DsrlError, match="no recipe.yaml there"):
+        train("demo", tmp_path / "new", resume=True)  # by its name
 
 
 def test_ctrl_c_saves_and_resume_finishes(fork_folder, tmp_path, monkeypatch, caplog):

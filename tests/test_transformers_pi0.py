@@ -134,6 +134,17 @@ def test_a_prompt_that_is_too_long_is_refused(tiny_pi0, observation):
         tiny_pi0.encode(batch([observation(tiny_pi0, prompt="open " * 30)]))
 
 
+def test_a_prompt_with_an_images_own_mark_is_refused(tiny_pi0, observation):
+    with pytest.raises(DsrlError, match="task: expected words without '<image>'"):
+        tiny_pi0.encode(batch([observation(tiny_pi0, prompt="open <image> now")]))
+
+
+def test_the_tokens_of_prompts_are_not_kept_without_end(tiny_pi0):
+    for number in range(200):
+        tiny_pi0.processing._tokens(f"open {number}")
+    assert len(tiny_pi0.processing._prompts) == 64
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_folder_loads_and_acts_the_same(tiny_pi0, tiny_pi0_bf16, tmp_path, observation, dtype):
     original = tiny_pi0 if dtype == "float32" else tiny_pi0_bf16

@@ -21,7 +21,7 @@ from ..transformers_pi0 import DTYPES, resolve
 from .policy import LeRobotPolicy
 from .split import Split
 from .splits import KNOWN, find_split
-from .steps import own_steps
+from .steps import no_code_of, own_steps
 from .weights import check_loaded
 
 _PROCESSORS = {"pre": "policy_preprocessor.json", "post": "policy_postprocessor.json"}
@@ -67,7 +67,7 @@ def load(
     weights = folder / "model.safetensors"
     if not weights.exists():
         raise bad(f"base '{source}'", "a model.safetensors", "none in that folder")
-    with _explained(kind, source), _quiet():
+    with _explained(kind, source), _quiet(), no_code_of(source):
         policy = _policy_class(kind).from_pretrained(folder, config=policy_config)
     check_loaded(policy, weights, source)
     split = split_class(policy)
@@ -148,7 +148,7 @@ def _processors(folder: Path, source: str, config: Any, device: str) -> tuple[An
             if local:
                 overrides[side][key] = local
     overrides["pre"]["device_processor"] = {"device": device}
-    with _explained(config.type, source), _quiet():
+    with _explained(config.type, source), _quiet(), no_code_of(source):
         return make_pre_post_processors(
             config,
             str(folder),

@@ -1,11 +1,19 @@
-"""What LeRobot's processor files may name: its loader would import and call any class that stands in them."""
+"""What a LeRobot checkpoint may bring along: data. Its loader would run code out of it, in two ways.
+
+It imports and calls any class that a processor file names. And some of its steps and policies load tokenizers and
+models from wherever a file says, with ``trust_remote_code=True``: transformers runs the Python files it finds there.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
+from contextvars import ContextVar
 from typing import Any
 
-from dsrl_vla.errors import bad
+from dsrl_vla.errors import DsrlError, bad
+
+_source: ContextVar[str] = ContextVar("source", default="")
 
 
 def own_steps(tree: Mapping[str, Any], named: str) -> list[tuple[str, dict[str, Any]]]:
@@ -21,3 +29,34 @@ def own_steps(tree: Mapping[str, Any], named: str) -> list[tuple[str, dict[str, 
             raise bad(named, "processor steps that are LeRobot's own", f"'{key}'", "It is not loaded.")
         found.append((key.rpartition(".")[2], step.get("config", {})))
     return found
+
+
+@contextlib.contextmanager
+def no_code_of(source: str) -> Iterator[None]:
+    """Within it, and in this thread, transformers runs no Python file that comes with what it loads.
+
+    Raises:
+        DsrlError: there was one to run; nothing of it was.
+    """
+    try:
+        from transformers import dynamic_module_utils
+    except ImportError:  # nobody there who would
+        yield
+        return
+    original = dynamic_module_utils.get_cached_module_file
+    if not hasattr(original, "dsrl_vla"):  # put there once: loads in several threads may overlap
+
+        def guarded(repository: Any, module_file: str, *args: Any, **kwargs: Any) -> Any:
+            if named := _source.get():
+                raise DsrlError(
+                    f"{named}: expected data alone, got code to run: {module_file} of '{repository}'. It was not run."
+                )
+            return original(repository, module_file, *args, **kwargs)
+
+        guarded.dsrl_vla = True  # type: ignore[attr-defined]
+        dynamic_module_utils.get_cached_module_file = guarded
+    token = _source.set(source)
+    try:
+        yield
+    finally:
+        _source.reset(token)

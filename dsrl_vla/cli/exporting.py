@@ -74,6 +74,7 @@ class ExportPolicyArgs:
 def run_export_policy(argv: list[str]) -> int:
     """Write a run's head as a policy for LeRobot's tools."""
     args = tyro.cli(ExportPolicyArgs, prog="dsrl-vla export-policy", args=argv)
+    from ..bases import check_named
     from ..errors import DsrlError
     from ..head import SteeringHead
     from ..head_config import CONFIG
@@ -93,6 +94,8 @@ def run_export_policy(argv: list[str]) -> int:
     else:
         head = SteeringHead.from_pretrained(args.source)
         config = BaseConfig(head.config.base_uri, options=base_beside(args.source).options)
+        if not args.base:
+            check_named(config.uri, f"{args.source / CONFIG}", f"--base '{config.uri}'")
     if args.base:
         same = args.base.partition(":")[0] == config.uri.partition(":")[0]
         config = replace(config, uri=args.base, options=config.options if same else {})

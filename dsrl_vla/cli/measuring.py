@@ -83,11 +83,12 @@ def run_preflight(argv: list[str]) -> int:
     from tqdm import tqdm
 
     from ..rollout import VectorTask
-    from ..run_dir import disk_errors, write_json
+    from ..run_dir import make_folder, write_json
     from ..steerability import PreflightConfig, preflight
     from ..tables import print_preflight
 
     out = args.out or Path("runs") / f"{recipe.name}-preflight"
+    make_folder(out)
     config = PreflightConfig(args.episodes, args.best_of, args.layouts, args.bounds, recipe.noise.columns)
     base = recipe.base.load()
     total = config.total_episodes(base) * len(recipe.task.uris)
@@ -102,9 +103,7 @@ def run_preflight(argv: list[str]) -> int:
 
         result = preflight(base, task, config, tick)
     result["recipe"] = {"base": asdict(recipe.base), "task": asdict(recipe.task)}
-    with disk_errors(out):
-        out.mkdir(parents=True, exist_ok=True)
-        write_json(out / "preflight.json", result)
+    write_json(out / "preflight.json", result)
     print_preflight(result)
     print(f"written: {out / 'preflight.json'}")
     return 0
@@ -119,11 +118,15 @@ def run_eval(argv: list[str]) -> int:
 
     from ..evaluation import RUN_FACTS, evaluate, evaluation_episodes
     from ..rollout import VectorTask
-    from ..run_dir import write_json
+    from ..run_dir import make_folder, write_json
     from ..tables import print_evaluation
     from ..training import load_run
 
     recipe, head = load_run(args.run)
+    target = args.out or args.run / "eval.json"
+    if target.is_dir():
+        raise bad("eval --out", "a JSON file to write", f"a folder, '{target}'")
+    make_folder(target.parent)
     base = recipe.base.load()
     before = base.sha256()
     total = evaluation_episodes(recipe.task, args.episodes, args.controls)
@@ -132,7 +135,6 @@ def run_eval(argv: list[str]) -> int:
         tqdm(total=total, unit="episode", desc="evaluation", disable=None) as bar,
     ):
         result = evaluate(base, head, task, args.episodes, args.controls, on_episode=lambda _: bar.update())
-    target = args.out or args.run / "eval.json"
     kept = json.loads((args.run / "eval.json").read_text()) if (args.run / "eval.json").exists() else {}
     facts = (*RUN_FACTS, *(["baselines"] if kept.get("seeds") == result["seeds"] else []))
     result |= {key: kept[key] for key in facts if key in kept}
@@ -151,11 +153,12 @@ def run_search(argv: list[str]) -> int:
 
     from ..noise_search import SearchConfig, evaluate_ticket, search_ticket
     from ..rollout import VectorTask
-    from ..run_dir import disk_errors, write_json
+    from ..run_dir import make_folder, write_json
 
     config = SearchConfig(args.candidates, args.episodes, args.seed)
     tasks = len(recipe.task.uris)
     out = args.out or Path("runs") / f"{recipe.name}-ticket"
+    make_folder(out)
     base = recipe.base.load()
     layout = recipe.noise.over(base.spec.noise)
     with (
@@ -163,9 +166,7 @@ def run_search(argv: list[str]) -> int:
         VectorTask(replace(recipe.task, num_envs=args.episodes * tasks), base.spec.executed_steps) as task,
     ):
         ticket = search_ticket(base, task, layout, config, lambda _: bar.update())
-    with disk_errors(out):
-        out.mkdir(parents=True, exist_ok=True)
-        ticket.save(out / "ticket.json")
+    ticket.save(out / "ticket.json")
     with (
         tqdm(total=2 * args.eval_episodes * tasks, unit="episode", desc="evaluation", disable=None) as bar,
         VectorTask(recipe.task, base.spec.executed_steps) as task,
@@ -191,7 +192,7 @@ def run_record(argv: list[str]) -> int:
     from ..offline_sources import write_npz
     from ..pairing import check_pair
     from ..recording import record
-    from ..run_dir import disk_errors
+    from ..run_dir import disk_errors, make_folder
     from ..sources import HeadNoise, HeldNoise, LayoutNoise, NoiseSource, PriorNoise
     from ..training import load_run
 
@@ -199,6 +200,7 @@ def run_record(argv: list[str]) -> int:
         raise bad(f"{args.out}", "a new file that ends in .npz", "one that exists" if args.out.exists() else args.out)
     if args.run and args.noise:
         raise bad("record", "--noise or --run", f"both, --noise {args.noise} and --run {args.run}")
+    make_folder(args.out.parent)
     base = recipe.base.load()
     source: NoiseSource = PriorNoise(base.spec.noise)
     if args.run:
@@ -218,7 +220,6 @@ def run_record(argv: list[str]) -> int:
 
         episodes = record(base, recipe.task, source, numbers, tick)
         with disk_errors(args.out.parent):
-            args.out.parent.mkdir(parents=True, exist_ok=True)
             write_npz(args.out, episodes)
     print(f"{len(won)} episodes, {sum(won)} successful; written: {args.out}")
     return 0

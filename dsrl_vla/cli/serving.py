@@ -12,7 +12,7 @@ from typing import Any
 
 import tyro
 
-from ..errors import bad
+from ..errors import at_least, bad
 
 
 @dataclass(frozen=True)
@@ -71,6 +71,7 @@ def run_serve(argv: list[str]) -> int:
         args.max_handles,
     )
     logging.getLogger("dsrl_vla.serving").setLevel(logging.INFO)
+    at_least(0, args, "serve", "threads")
     if args.threads:
         import torch
 
@@ -93,7 +94,7 @@ def run_serve(argv: list[str]) -> int:
 
 def load(args: ServeArgs) -> tuple[Any, Any]:
     """The base and the head, if there is one."""
-    from ..bases import load_base
+    from ..bases import check_named, load_base
     from ..head import SteeringHead
     from ..head_config import CONFIG
     from ..hub import SHELF, fetch
@@ -103,7 +104,9 @@ def load(args: ServeArgs) -> tuple[Any, Any]:
     options = {name: value for name, value in (("dtype", args.dtype), ("device", args.device)) if value}
     if (folder / CONFIG).exists():
         head = SteeringHead.from_pretrained(args.head or folder)
-        return load_base(head.config.base_uri, **base_beside(folder).options, **options), head
+        uri = head.config.base_uri
+        check_named(uri, f"{folder / CONFIG}", f"dsrl-vla serve '{uri}' --head {folder}")
+        return load_base(uri, **base_beside(folder).options, **options), head
     if not (folder / "recipe.yaml").exists():
         if ":" not in args.target:
             raise bad("serve", "a base's URI such as 'nano:', or a run's directory", f"'{args.target}'")

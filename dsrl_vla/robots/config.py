@@ -17,12 +17,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
-
-import yaml
 
 from ..errors import bad
-from ..recipe import from_plain
+from ..plain import from_plain, read_sections
 from .guards import GuardsConfig
 
 OPERATORS = ("terminal", "teleop", "none")
@@ -76,12 +73,9 @@ def read_robot_file(path: Path) -> RobotFile:
     """
     if not path.is_file():
         raise bad("task robot:", "the path of a robot's YAML file", f"'{path}'")
-    try:
-        tree: Any = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
-        raise bad(f"{path}", "YAML", " ".join(str(error).split())) from error
+    tree = read_sections(path, f"{path}")
     for key in ("robot", "prompt"):
-        if not isinstance(tree, dict) or key not in tree:
-            raise bad(f"{path}", f"a key '{key}'", ", ".join(tree) if isinstance(tree, dict) else repr(tree))
+        if key not in tree:
+            raise bad(f"{path}", f"a key '{key}'", ", ".join(tree))
     made: RobotFile = from_plain(RobotFile, tree, "")
     return made

@@ -98,17 +98,19 @@ def load_reward_model(source: str, threshold: float) -> ByRewardModel:
         from lerobot.rewards.pretrained import PreTrainedRewardModel
     except ImportError as error:
         raise missing_extra("lerobot", "lerobot", "a reward model of LeRobot's") from error
+    from ..adapters.lerobot.steps import no_code_of
     from ..adapters.lerobot.weights import check_loaded
     from ..adapters.transformers_pi0 import resolve
 
     folder, _, _ = resolve(source, "reward")
     try:
-        config = RewardModelConfig.from_pretrained(folder)
-        kind = get_reward_model_class(config.type)
-        model = kind.from_pretrained(folder, config=config)
-        if kind.from_pretrained.__func__ is PreTrainedRewardModel.from_pretrained.__func__:  # others keep parts
-            check_loaded(model, folder / "model.safetensors", source)
-        preprocess = _preprocessor(folder, config)
+        with no_code_of(source):
+            config = RewardModelConfig.from_pretrained(folder)
+            kind = get_reward_model_class(config.type)
+            model = kind.from_pretrained(folder, config=config)
+            if kind.from_pretrained.__func__ is PreTrainedRewardModel.from_pretrained.__func__:  # others keep parts
+                check_loaded(model, folder / "model.safetensors", source)
+            preprocess = _preprocessor(folder, config)
     except DsrlError:
         raise
     except Exception as error:

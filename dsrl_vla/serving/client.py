@@ -85,6 +85,7 @@ class Client:
         self.config = config
         self._ssl = config.ssl_context()
         self._lock = threading.Lock()
+        self._closed = False
         self._connection: ClientConnection | None = None
         self._loop = asyncio.new_event_loop()
         threading.Thread(target=_run, args=(self._loop,), name="policy-client", daemon=True).start()
@@ -119,9 +120,12 @@ class Client:
         return self._read(self._within(self._exchange(data), seconds))
 
     def close(self) -> None:
-        """Close the connection and end the thread."""
+        """Close the connection and end the thread; once is enough."""
+        if self._closed:
+            return
         with contextlib.suppress(ServerUnavailableError):
             self._within(self._drop(), 1.0)
+        self._closed = True
         self._loop.call_soon_threadsafe(self._loop.stop)
 
     def _within(self, work: Coroutine[Any, Any, Result], seconds: float) -> Result:
@@ -131,6 +135,9 @@ class Client:
             work.close()
             raise self._late(seconds, "busy with another thread's request")
         try:
+            if self._closed:
+                work.close()
+                raise ServerUnavailableError(f"{self.config.uri}: expected an open client, got one that was closed.")
             future = asyncio.run_coroutine_threadsafe(work, self._loop)
             try:
                 return future.result(max(0.0, until - time.monotonic()))
@@ -264,5 +271,10 @@ def steering(metadata: dict[str, Any], uri: str) -> dict[str, Any]:
 
 
 def _identity(metadata: dict[str, Any]) -> Any:
+    """Weights, processors and interface; not the behaviour, whose digits another machine may round otherwise."""
     found = metadata.get(p.META)
-    return (found.get("sha256"), found.get("spec")) if isinstance(found, dict) else None
+    if not isinstance(found, dict):
+        return None
+    mark = found.get("fingerprint")
+    mark = (mark.get("weights"), mark.get("processors")) if isinstance(mark, dict) else None
+    return found.get("sha256"), found.get("spec"), mark

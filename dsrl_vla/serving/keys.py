@@ -66,13 +66,22 @@ class KeyMap:
         if STATE in message:
             names = [STATE, *(IMAGE_PREFIX + camera for camera in spec.cameras)]
             seen = {name: message[name] for name in names if name in message}
-            return seen | ({PROMPT: message.get(PROMPT, default_prompt)} if spec.prompt else {})
+            return seen | self._prompt(message, spec, default_prompt)
         found: Observations = {STATE: np.concatenate([_numbers(_get(message, place), place) for place in self.state])}
         for camera, place in self.places(spec).items():
             found[IMAGE_PREFIX + camera] = _image(_get(message, place), place)
-        if spec.prompt:
-            found[PROMPT] = message.get(self.prompt, default_prompt)
-        return found
+        return found | self._prompt(message, spec, default_prompt)
+
+    def _prompt(self, message: Mapping[str, Any], spec: ObservationSpec, default: str) -> Observations:
+        """The prompt under our key or openpi's, or the default; none at all is no prompt to act on."""
+        if not spec.prompt:
+            return {}
+        for key in (PROMPT, self.prompt):
+            if key in message:
+                return {PROMPT: message[key]}
+        if default:
+            return {PROMPT: default}
+        raise WireError(str(bad(self.prompt, *_absent(message), "Send it, or give the server one: --prompt")))
 
 
 PRESETS = {
@@ -108,10 +117,14 @@ def _get(message: Any, place: str) -> Any:
     value = message
     for key in place.split(">"):
         if not isinstance(value, Mapping) or key not in value:
-            sent = ", ".join(sorted(map(str, message)))[:200] or "nothing"
-            raise WireError(str(bad(place, "to be in the observation", f"only {sent}")))
+            raise WireError(str(bad(place, *_absent(message))))
         value = value[key]
     return value
+
+
+def _absent(message: Any) -> tuple[str, str]:
+    """What was expected of a key, and what was sent."""
+    return "to be in the observation", f"only {', '.join(sorted(map(str, message)))[:200] or 'nothing'}"
 
 
 def _numbers(value: Any, place: str) -> np.ndarray:

@@ -32,7 +32,7 @@ from ..errors import DsrlError, bad
 from . import protocol as p
 from .keys import KeyMap
 from .requests import Feature, Reader, released, speaks_dsrl
-from .service import GoneError, Handles, Service
+from .service import GoneError, Service, Session
 from .wire import MAX_BYTES, pack, unpack
 from .worker import Worker, batch_sizes
 
@@ -71,6 +71,8 @@ class ServerConfig:
             )
         if (self.tls_cert is None) != (self.tls_key is None):
             raise bad("serve", "both a TLS certificate and its key, or neither", "one of them")
+        if not 0 <= self.port < 65536:
+            raise bad("serve.port", "from 0 to 65535", self.port)
         for name in ("max_batch", "max_handles", "max_connections"):
             if getattr(self, name) < 1:
                 raise bad(f"serve.{name}", "1 or more", getattr(self, name))
@@ -214,30 +216,30 @@ class PolicyServer:
         return None
 
     async def _converse(self, connection: ServerConnection, worker: Worker) -> None:
-        handles, took = Handles(self.config.max_handles), 0.0
+        session, took = self.service.session(self.config.max_handles), 0.0
         self._connections += 1
         try:
             await connection.send(self._metadata)
             while True:
                 data = await connection.recv()
                 start = time.perf_counter()
-                await connection.send(await self._answer(data, handles, worker, took))
+                await connection.send(await self._answer(data, session, worker, took))
                 took = time.perf_counter() - start
         except ConnectionClosed:
             pass
         finally:
             self._connections -= 1
 
-    async def _answer(self, data: bytes | str, handles: Handles, worker: Worker, took: float) -> bytes | str:
+    async def _answer(self, data: bytes | str, session: Session, worker: Worker, took: float) -> bytes | str:
         """The reply to one message, whatever it holds."""
         start, message = time.perf_counter(), None
         try:
             if isinstance(data, str):
                 raise bad("message", "a binary frame of msgpack", "a text frame")
             message = unpack(data)
-            handles.release(released(message))
+            session.handles.release(released(message))
             request = self._reader.read(message)
-            reply = await asyncio.wrap_future(worker.submit(request, handles))
+            reply = await asyncio.wrap_future(worker.submit(request, session))
             if isinstance(request, Feature):  # the fork takes the first of a pair, and its last token
                 return pack([reply[p.FEATURE][:, None], []])
             timing = {"infer_ms": 1000 * (time.perf_counter() - start)}

@@ -1,11 +1,11 @@
 """What a server does for its clients, without the network: decisions, encodings kept under handles, counts.
 
-Runs in one thread. Owns the base; each connection owns its `Handles`.
+Runs in one thread. Owns the base; each connection owns its `Session`.
 """
 
 from __future__ import annotations
 
-import contextlib
+import math
 import secrets
 from collections import Counter, OrderedDict
 from collections.abc import Sequence
@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from ..errors import DsrlError, bad
+from ..failsafe import FailSafe, Guard
 from ..head import SteeringHead
 from ..noise import generators
 from ..observation import IMAGE_PREFIX, PROMPT, STATE, Observations, ObservationSpec
@@ -64,6 +65,16 @@ class Handles:
         return len(self._kept)
 
 
+@dataclass(frozen=True)
+class Session:
+    """What belongs to one connection. One robot's broken sensor switches the head off for that robot alone, and until
+    it connects again."""
+
+    handles: Handles
+    guard: Guard | None = None
+    """Over the head's noise; None without a head."""
+
+
 @dataclass
 class _Noise:
     """Of one request: float32 (1, K, H, D), and where it came from."""
@@ -89,7 +100,8 @@ class Service:
         self.base, self.deterministic = base, deterministic
         self.policy = SteeredPolicy(base, head) if head else None
         self.counts: Counter[str] = Counter()
-        """prefix_passes, observations (rows in them), sampler_runs."""
+        """prefix_passes, observations (rows in them), sampler_runs; decisions by where their noise came from:
+        noise.head, noise.prior, noise.request, and of the priors those where the head fell back."""
         self.sha256 = base.sha256()
         self.fingerprint = base.fingerprint()
 
@@ -110,21 +122,30 @@ class Service:
     def warm_up(self, sizes: Sequence[int] = (1,)) -> None:
         """Run every path at these batch sizes, so that no client waits for compilation."""
         request = Infer(_dummy(self.seen, 1), None, seed=0, wants=frozenset({"feature", "noise"}))
-        with self.policy.rehearsing() if self.policy else contextlib.nullcontext():
-            for size in sizes:
-                self.infer([request] * size)
-            self.infer([replace(request, steer=False)])
+        made_up = FailSafe(max_z=math.inf)  # nothing is foreign
+        session = Session(Handles(1), Guard(self.policy.head, self.base.spec.noise, made_up) if self.policy else None)
+        for one in [*([request] * size for size in sizes), [replace(request, steer=False)]]:
+            for reply in self.infer(one, [session] * len(one)):
+                if isinstance(reply, DsrlError):
+                    raise reply
         self.counts.clear()
 
-    def run(self, request: Request, handles: Handles) -> Reply:
+    def session(self, limit: int) -> Session:
+        """What a new connection owns; up to `limit` encodings."""
+        return Session(Handles(limit), self.policy.guard.another() if self.policy else None)
+
+    def run(self, request: Request, session: Session) -> Reply:
         """Carry out one request. Raises DsrlError for what the client can mend, anything else for what it cannot."""
         if isinstance(request, Infer):
-            return self.infer([request])[0]
+            reply = self.infer([request], [session])[0]
+            if isinstance(reply, DsrlError):
+                raise reply
+            return reply
         if isinstance(request, Encode):
             encoding = self._encode(request.observations)
-            return {p.HANDLE: handles.keep(encoding), p.FEATURE: _numpy(encoding.feature)}
+            return {p.HANDLE: session.handles.keep(encoding), p.FEATURE: _numpy(encoding.feature)}
         if isinstance(request, Denoise):
-            actions = self._denoise(handles.get(request.handle), request.noise)
+            actions = _checked(self._sample(session.handles.get(request.handle), request.noise))
             return {p.ACTIONS: actions.numpy(), p.SOURCE: "request"}
         if isinstance(request, Feature):
             if not self.base.spec.feature_dim:
@@ -135,46 +156,59 @@ class Service:
         assert isinstance(request, Status)
         return {"dsrl/status": dict(self.counts)}
 
-    def infer(self, requests: Sequence[Infer]) -> list[Reply]:
-        """Decisions for several clients behind one prefix pass; all of one `batch_key`."""
+    def infer(self, requests: Sequence[Infer], sessions: Sequence[Session]) -> list[Reply | DsrlError]:
+        """Decisions for several clients behind one prefix pass; all of one `batch_key`. One whose actions are not
+        finite gets its refusal in the place of a reply."""
         observations = _join([request.observations for request in requests])
         encoding = self._encode(observations)
-        noises = [self._noise(request, _row(encoding, i)) for i, request in enumerate(requests)]
-        actions = self._actions(requests, noises, encoding)
-        return [self._reply(*each, encoding, i) for i, each in enumerate(zip(requests, noises, actions, strict=True))]
+        noises = [self._noise(*each, _row(encoding, i)) for i, each in enumerate(zip(requests, sessions, strict=True))]
+        actions = self._actions(requests, sessions, noises, encoding)
+        rows = enumerate(zip(requests, noises, actions, strict=True))
+        return [self._reply(*each, encoding, i) for i, each in rows]
 
-    def _actions(self, requests: Sequence[Infer], noises: list[_Noise], encoding: Encoding) -> torch.Tensor:
+    def _actions(
+        self, requests: Sequence[Infer], sessions: Sequence[Session], noises: list[_Noise], encoding: Encoding
+    ) -> torch.Tensor:
         """The actions (B, K, H, A) under these noises; where a head's leads to none that are finite, the base's own,
         as which it is then booked."""
         actions = self._sample(encoding, torch.cat([noise.values for noise in noises]))
         broken = ~torch.isfinite(actions).flatten(1).all(1)
-        steered = torch.tensor([bool(noise.asked) for noise in noises])
-        if self.policy and (broken & steered).any():
-            turned = [bool(broken[i]) and not why for i, noise in enumerate(noises) for why in noise.asked]
-            self.policy.guard.recount(turned, NOT_FINITE)
-            for i in (broken & steered).nonzero()[:, 0].tolist():
-                noises[i] = _Noise(self._prior(requests[i]), "prior", NOT_FINITE)
-            return self._denoise(encoding, torch.cat([noise.values for noise in noises]))
-        return _checked(actions)
+        turned = [i for i, noise in enumerate(noises) if broken[i] and noise.asked]
+        if not turned:
+            return actions
+        for i in turned:
+            guard, asked = sessions[i].guard, noises[i].asked
+            assert guard is not None
+            guard.recount([not why for why in asked], NOT_FINITE)
+            noises[i] = _Noise(self._prior(requests[i]), "prior", NOT_FINITE)
+        return self._sample(encoding, torch.cat([noise.values for noise in noises]))
 
     def _prior(self, request: Infer) -> torch.Tensor:
         return self.base.spec.noise.sample(generators([request.seed]), request.samples)
 
-    def _noise(self, request: Infer, encoding: Encoding) -> _Noise:
+    def _noise(self, request: Infer, session: Session, encoding: Encoding) -> _Noise:
         if request.noise is not None:
             return _Noise(request.noise, "request")
-        if self.policy is None or not request.steer or not self.policy.enabled:
+        if session.guard is None or not request.steer:
             return _Noise(self._prior(request), "prior")
         deterministic = self.deterministic and request.deterministic and request.samples == 1
         drawn = [
-            self.policy.noise(request.observations, encoding, [request.seed + k], deterministic=deterministic)
+            session.guard.noise(request.observations, encoding, [request.seed + k], deterministic)
             for k in range(request.samples)
         ]
         asked = [reasons[0] for _, reasons in drawn]
         reason = next(filter(None, asked), "")
         return _Noise(torch.cat([noise for noise, _ in drawn], 1), "prior" if reason else "head", reason, asked)
 
-    def _reply(self, request: Infer, noise: _Noise, actions: torch.Tensor, encoding: Encoding, row: int) -> Reply:
+    def _reply(
+        self, request: Infer, noise: _Noise, actions: torch.Tensor, encoding: Encoding, row: int
+    ) -> Reply | DsrlError:
+        try:
+            _checked(actions)
+        except DsrlError as refusal:
+            return refusal
+        self.counts[f"noise.{noise.source}"] += 1
+        self.counts["fallbacks"] += bool(noise.fallback)
         reply: Reply = {
             p.ACTIONS: actions.numpy() if request.many else actions[0].numpy(),
             p.SOURCE: noise.source,
@@ -193,10 +227,6 @@ class Service:
         self.counts["prefix_passes"] += 1
         self.counts["observations"] += encoding.batch
         return encoding
-
-    def _denoise(self, encoding: Encoding, noise: torch.Tensor) -> torch.Tensor:
-        """(B, K, H, A). Refuses actions that are not finite."""
-        return _checked(self._sample(encoding, noise))
 
     def _sample(self, encoding: Encoding, noise: torch.Tensor) -> torch.Tensor:
         self.counts["sampler_runs"] += 1

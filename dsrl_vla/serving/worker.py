@@ -10,8 +10,9 @@ from collections import deque
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 
+from ..errors import DsrlError
 from .requests import Infer, Request
-from .service import Handles, Reply, Service, batch_key
+from .service import Reply, Service, Session, batch_key
 
 log = logging.getLogger(__name__)
 
@@ -19,7 +20,7 @@ log = logging.getLogger(__name__)
 @dataclass
 class _Job:
     request: Request
-    handles: Handles
+    session: Session
     future: Future[Reply] = field(default_factory=Future)
 
 
@@ -38,9 +39,9 @@ class Worker:
         self._thread = threading.Thread(target=self._work, name="policy-worker", daemon=True)
         self._thread.start()
 
-    def submit(self, request: Request, handles: Handles) -> Future[Reply]:
+    def submit(self, request: Request, session: Session) -> Future[Reply]:
         """Queue a request; the future holds its reply, or what the service raised."""
-        job = _Job(request, handles)
+        job = _Job(request, session)
         self._jobs.put(job)
         return job.future
 
@@ -85,19 +86,23 @@ class Worker:
             return
         for job in jobs:
             try:
-                job.future.set_result(self.service.run(job.request, job.handles))
+                job.future.set_result(self.service.run(job.request, job.session))
             except Exception as error:
                 job.future.set_exception(error)
 
     def _run_together(self, jobs: list[_Job]) -> bool:
         """False when that failed: then each goes alone, so that one client's trouble is not everybody's."""
         try:
-            replies = self.service.infer([job.request for job in jobs if isinstance(job.request, Infer)])
+            requests = [job.request for job in jobs if isinstance(job.request, Infer)]
+            replies = self.service.infer(requests, [job.session for job in jobs])
         except Exception:
             log.exception("a batch of %d decisions failed; each is run alone", len(jobs))
             return False
         for job, reply in zip(jobs, replies, strict=True):
-            job.future.set_result(reply)
+            if isinstance(reply, DsrlError):
+                job.future.set_exception(reply)
+            else:
+                job.future.set_result(reply)
         return True
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from dsrl_vla import SteeringHead
 from dsrl_vla.adapters.lerobot.policy import camera_of
+from dsrl_vla.bases import check_named
 from dsrl_vla.errors import DsrlError, bad
 from dsrl_vla.noise import generators
 from dsrl_vla.observation import IMAGE_PREFIX, PROMPT, STATE, Observations
@@ -87,6 +88,9 @@ class DsrlPolicy(PreTrainedPolicy):
         config = config or PreTrainedConfig.from_pretrained(folder)
         if not isinstance(config, DsrlConfig):
             raise bad(f"policy '{pretrained_name_or_path}'", "a policy of type 'dsrl'", f"'{config.type}'")
+        if not Path(pretrained_name_or_path).is_dir():
+            fix = "download it, and give --policy.path=<its folder>"
+            check_named(config.base, f"policy '{pretrained_name_or_path}'", fix)
         made = {name: value for name, value in kwargs.items() if name == "base"}
         return cls(config, head=SteeringHead.from_pretrained(folder), **made)
 

@@ -130,13 +130,6 @@ class DiffusionMLP(FrozenPolicy):
             x = self.scheduler.step(self.model(embedded, x, t), t, x, eta=0.0, return_dict=False)[0]
         return self.model.to_actions(x).view(batch, count, *x.shape[1:])
 
-    def pack(self, encoding: Encoding) -> dict[str, torch.Tensor]:
-        assert encoding.feature is not None
-        return {"feature": encoding.feature}
-
-    def unpack(self, tensors: Mapping[str, torch.Tensor]) -> Encoding:
-        return Encoding(len(tensors["feature"]), tensors["feature"], None)
-
     def state_dict(self) -> Mapping[str, torch.Tensor]:
         return self.model.state_dict()
 

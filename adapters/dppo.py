@@ -207,13 +207,6 @@ class DPPO(FrozenPolicy):
         low, high = self.limits["action_min"], self.limits["action_max"]
         return (x.view(noise.shape) + 1) / 2 * (high - low) + low
 
-    def pack(self, encoding: Encoding) -> dict[str, torch.Tensor]:
-        assert encoding.feature is not None
-        return {"feature": encoding.feature}
-
-    def unpack(self, tensors: Mapping[str, torch.Tensor]) -> Encoding:
-        return Encoding(len(tensors["feature"]), tensors["feature"], None)
-
     def state_dict(self) -> Mapping[str, torch.Tensor]:
         return self.network.weights
 

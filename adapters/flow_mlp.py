@@ -103,13 +103,6 @@ class FlowMLP(FrozenPolicy):
             x = x - self.model.velocity(embedded, x, t) / steps
         return (x * self.model.action_std + self.model.action_mean).view(batch, count, *x.shape[1:])
 
-    def pack(self, encoding: Encoding) -> dict[str, torch.Tensor]:
-        assert encoding.feature is not None
-        return {"feature": encoding.feature}
-
-    def unpack(self, tensors: Mapping[str, torch.Tensor]) -> Encoding:
-        return Encoding(len(tensors["feature"]), tensors["feature"], None)
-
     def state_dict(self) -> Mapping[str, torch.Tensor]:
         return self.model.state_dict()
 

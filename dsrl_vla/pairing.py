@@ -191,8 +191,8 @@ def check_pair(config: HeadConfig, base: FrozenPolicy, allow_mismatch: Sequence[
     for name in allow_mismatch:
         if name not in NAMES:
             raise unknown("mismatch", name, NAMES)
-    found = {name: pair for name, pair in differences(config, base).items() if name not in allow_mismatch}
-    found |= {name: pair for name, pair in differences(config, base).items() if name in STRUCTURE}
+    allowed = set(allow_mismatch) - set(STRUCTURE)
+    found = {name: pair for name, pair in differences(config, base).items() if name not in allowed}
     if not found:
         return
     said = "; ".join(f"{name}: expected {mine}, got {theirs}" for name, (mine, theirs) in found.items())

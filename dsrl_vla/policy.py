@@ -100,16 +100,21 @@ class FrozenPolicy(abc.ABC):
         return self.denoise(self.encode(unsqueeze(observation)), noise)[0, 0, : self.spec.executed_steps]
 
     def pack(self, encoding: Encoding) -> dict[str, torch.Tensor]:
-        """The encoding as named tensors (B, …), for a replay that keeps whole prefixes.
+        """The encoding as named tensors (B, …), for a replay that keeps whole prefixes. Here: of a base that needs no
+        more than its feature.
 
         Raises:
             DsrlError: this base does not offer it.
         """
-        raise self._keeps_no_prefix()
+        if encoding.feature is None or encoding.context is not None:
+            raise self._keeps_no_prefix()
+        return {"feature": encoding.feature}
 
     def unpack(self, tensors: Mapping[str, torch.Tensor]) -> Encoding:
         """Undo `pack`, for rows in any order and number; raises as `pack` does."""
-        raise self._keeps_no_prefix()
+        if set(tensors) != {"feature"}:
+            raise self._keeps_no_prefix()
+        return Encoding(len(tensors["feature"]), tensors["feature"], None)
 
     def _keeps_no_prefix(self) -> DsrlError:
         expected = "one that does without the base in its update (sac, na)"

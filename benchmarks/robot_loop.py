@@ -132,7 +132,7 @@ def journal_against_log(records: list[EpisodeRecord], log: Path, first_seed: int
         Commands in both, and the scenes that were flown and are not in the journal. A finished scene has one
         command more than its episode: to stand still.
     """
-    scenes = [scene for scene in flights(log) if len(scene["actions"]) > 1]  # one alone is to stand still
+    scenes = [scene for scene in flights(log) if np.any(scene["actions"])]  # else it was only told to stand still
     for record in records:
         wanted = record.steps["action"]
         same = [

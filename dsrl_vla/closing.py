@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
@@ -10,7 +9,6 @@ from tqdm import tqdm
 from . import seeds as seed_ranges
 from .evaluation import Measure, evaluate, evaluation_episodes, measure
 from .head import SteeringHead
-from .interrupts import stop_requests
 from .noise_aliasing import NoiseAliasing
 from .noise_search import BestOfK
 from .run_dir import write_json
@@ -28,8 +26,7 @@ def settle(trainer: Trainer) -> None:
     if count < 2:
         return
     total = count * episodes * len(trainer.recipe.task.uris)
-    guard = stop_requests(at_once=True) if trainer.collector.live else contextlib.nullcontext()
-    with guard, tqdm(total=total, unit="episode", desc="finalists", disable=None) as bar:
+    with tqdm(total=total, unit="episode", desc="finalists", disable=None) as bar:
         trainer.finalists.settle(lambda head: trainer.play(head, episodes, episodes, lambda _: bar.update()))
 
 

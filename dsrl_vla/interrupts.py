@@ -6,9 +6,10 @@ import contextlib
 import logging
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 log = logging.getLogger(__name__)
+_PATIENCE = 3
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else []))
 
 
@@ -21,9 +22,6 @@ def stop_requests(at_once: bool = False) -> Iterator[threading.Event]:
     Outside the main thread, where Python takes no signals, the event is never set.
     """
     asked = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield asked
-        return
 
     def ask(number: int, _: object) -> None:
         if at_once or (asked.is_set() and number == signal.SIGINT):
@@ -31,10 +29,37 @@ def stop_requests(at_once: bool = False) -> Iterator[threading.Event]:
         asked.set()
         log.warning("stopping after this decision; Ctrl-C again stops at once, without saving.")
 
-    heard = [number for number in _SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]  # as nohup asks
-    before = {number: signal.signal(number, ask) for number in heard}
-    try:
+    with _heard_by(ask):
         yield asked
+
+
+@contextlib.contextmanager
+def undisturbed(what: str) -> Iterator[None]:
+    """Within this context signals are told `what` is going on, and no more; each from the third on interrupts, for
+    what hangs is to end some time."""
+    count = 0
+
+    def tell(*_: object) -> None:
+        nonlocal count
+        count += 1
+        log.warning("%s.", what)
+        if count >= _PATIENCE:
+            raise KeyboardInterrupt
+
+    with _heard_by(tell):
+        yield
+
+
+@contextlib.contextmanager
+def _heard_by(handler: Callable[[int, object], None]) -> Iterator[None]:
+    """Signals go to `handler`, in the main thread: outside it Python takes none."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    heard = [number for number in _SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]  # as nohup asks
+    before = {number: signal.signal(number, handler) for number in heard}
+    try:
+        yield
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        for number, old in before.items():
+            signal.signal(number, old)

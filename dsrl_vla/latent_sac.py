@@ -8,6 +8,7 @@ bootstrap is discounted by gamma^k. Timeouts bootstrap; terminations do not. Ent
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -73,9 +74,12 @@ class SACConfig:
         if not 0 <= self.actor_average < 1:
             raise bad("sac.actor_average", "0 or more and below 1", self.actor_average)
         at_least(1, self, "sac", "batch", "n_step")
-        for name in ("actor_lr", "critic_lr", "alpha_lr", "alpha_init", "max_grad_norm"):
-            if getattr(self, name) <= 0:
+        for name in ("reward_scale", "actor_lr", "critic_lr", "alpha_lr", "alpha_init", "max_grad_norm"):
+            if not getattr(self, name) > 0:
                 raise bad(f"sac.{name}", "above 0", getattr(self, name))
+        for name in ("reward_offset", "reward_scale", "target_entropy"):
+            if not math.isfinite(getattr(self, name)):
+                raise bad(f"sac.{name}", "a finite number", getattr(self, name))
 
     def chunk_reward(self, rewards: np.ndarray, steps: np.ndarray) -> np.ndarray:
         """sum_i gamma^i (r_i + offset) scale over the steps really executed: (B, k), (B,) -> (B,); gamma is 1 within
@@ -90,7 +94,12 @@ class SACConfig:
         return self.gamma ** (steps if self.discount == "step" else np.ones_like(steps))
 
     def value_bounds(self, reward_range: tuple[float, float], chunk: int = 1) -> tuple[float, float]:
-        """The least and greatest value that rewards in `reward_range` can add up to, forever, in chunks of `chunk`."""
+        """The least and greatest value that rewards in `reward_range` can add up to, forever, in chunks of `chunk`.
+
+        None where entropy enters the target: it may take a value beyond what rewards alone add up to.
+        """
+        if self.backup_entropy:
+            return -math.inf, math.inf
         most = (1 if self.discount == "step" else chunk) / (1 - self.gamma)
         low, high = (self.reward_scale * (r + self.reward_offset) for r in reward_range)
         return min(low, low * most), max(high, high * most)

@@ -47,7 +47,7 @@ class _Played:
             self.results.append(result)
         elif result.ending[0] and self.results:
             last = self.results[-1]
-            last.rewards[0, last.steps[0] - 1] = result.rewards[0, 0]
+            last.rewards[0, last.steps[0] - 1] += result.rewards[0, 0]
 
 
 @dataclass(frozen=True)
@@ -61,13 +61,13 @@ class _Chosen:
 
 
 class EpisodeCollector(Collector):
-    """A collector for a `LiveTask`: a step is an episode. It needs a single environment.
+    """A collector for a `LiveTask`, of which there is one environment: a step is an episode.
 
     Where a person drives, the base is not asked, so that it does not slow them down; their actions are labelled
     once the episode is over, and enter the replay only where the algorithm learns from actions.
 
     Raises:
-        DsrlError: more than one environment; a robot in dry run.
+        DsrlError: a robot in dry run.
     """
 
     live = True
@@ -77,10 +77,6 @@ class EpisodeCollector(Collector):
         super().__init__(*args, **kwargs)
 
     def _start(self) -> None:
-        if self.task.config.num_envs != 1:
-            raise bad("task.num_envs", "1 for a task with an operator", self.task.config.num_envs)
-        if self.task.config.vector != "sync":
-            raise bad("task.vector", "sync for a task with an operator", self.task.config.vector)
         if self.task.envs.get_attr("dry_run")[0]:
             raise bad("dry_run", "false, to train on a robot", "true", "`dsrl-vla drive` rehearses.")
         self.human_steps = self.void = 0
@@ -128,8 +124,8 @@ class EpisodeCollector(Collector):
         played = _Played(self.episodes, episode_generators([seed]))
         observation = self.task.reset([seed])
         while True:
-            nobodys = None, self.task.nobodys()
-            chosen, chunks = nobodys if self.task.driven else self._choose(observation, played.streams, warm_up)
+            driven = self.task.driven
+            chosen, chunks = (None, None) if driven else self._choose(observation, played.streams, warm_up)
             result = self.task.step(chunks)
             played.add(observation, chosen, result)
             observation = result.observations

@@ -110,7 +110,7 @@ class PrefixKeeper(Keeper):
     learns_from_actions: ClassVar[bool] = True
 
     def observed(self, base, encoding):
-        return {PREFIX + name: tensor for name, tensor in base.pack(encoding).items()}
+        return {PREFIX + name: tensor.cpu() for name, tensor in base.pack(encoding).items()}
 
     def denoise(self, base, encoding, head, inputs, latent, generators):
         chunk, _ = super().denoise(base, encoding, head, inputs, latent, generators)

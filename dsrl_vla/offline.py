@@ -102,11 +102,18 @@ def demonstrations(episode: OfflineEpisode) -> OfflineEpisode:
 
 
 class OfflineLoader:
-    """Fills a replay from episodes: one prefix pass and one noise bank per decision."""
+    """Fills a replay from episodes: one prefix pass and one noise bank per decision.
+
+    Raises:
+        DsrlError: a stride beyond a chunk.
+    """
 
     def __init__(self, base: FrozenPolicy, head: SteeringHead, keeper: Keeper, sac: SACConfig, config: OfflineConfig):
         self.base, self.head, self.keeper, self.sac, self.config = base, head, keeper, sac, config
         self.stride = config.stride or base.spec.executed_steps
+        if self.stride > base.spec.executed_steps:
+            most = f"at most the {base.spec.executed_steps} steps that '{base.spec.uri}' executes of a chunk"
+            raise bad("offline.stride", most, self.stride)
 
     def fill(self, replay: Replay, episodes: Iterable[OfflineEpisode], on_episode: Callable[[], None] = lambda: None):
         """Add every episode's decisions; `replay` keeps what it has room for.

@@ -173,6 +173,10 @@ class Recipe:
             raise bad("offline.updates", "offline.source to go with it", f"{self.offline.updates} and no source")
         if self.offline.source and self.algorithm == "sac":
             raise bad("offline.source", "algorithm na or na-exact, which learn from actions", "sac")
+        held = 2 * (self.sac.n_step + 1) * self.task.num_envs * self.rollout.workers
+        if self.train.replay_capacity < held:
+            least = f"{held} or more, for returns over sac.n_step = {self.sac.n_step} decisions in every environment"
+            raise bad("train.replay_capacity", least, self.train.replay_capacity)
         if not self.offline.updates and self.train.env_steps <= self.train.learning_starts:
             least = (
                 f"more than the {self.train.learning_starts} decisions of train.learning_starts, each a step or more"

@@ -6,12 +6,14 @@ from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
+from .errors import bad
 from .observation import PROMPT, unsqueeze
 from .offline import OfflineEpisode
 from .policy import FrozenPolicy
 from .rollout import TaskConfig, episode_generators
 from .sources import NoiseSource
 from .tasks import make_task
+from .tasks.base import TaskEnv
 
 
 def record(
@@ -39,7 +41,23 @@ def _record_task(
     on_episode: Callable[[OfflineEpisode], None],
 ) -> Iterator[OfflineEpisode]:
     env = make_task(uri, max_episode_steps=max_episode_steps)
-    base.check_task(env.info)
+    try:
+        if env.info.live:
+            fix = "What a robot does while it is trained on is in the run's journal: dsrl-vla export."
+            raise bad("record", "a simulated task", f"'{uri}', where an operator has a say", fix)
+        base.check_task(env.info)
+        yield from _episodes(base, env, source, seeds, on_episode)
+    finally:
+        env.close()
+
+
+def _episodes(
+    base: FrozenPolicy,
+    env: TaskEnv,
+    source: NoiseSource,
+    seeds: Sequence[int],
+    on_episode: Callable[[OfflineEpisode], None],
+) -> Iterator[OfflineEpisode]:
     for seed in seeds:
         streams = episode_generators([seed])
         observation, _ = env.reset(seed=seed)
@@ -65,4 +83,3 @@ def _record_task(
         episode |= {"terminated": terminated, PROMPT: env.info.prompt}
         on_episode(episode)
         yield episode
-    env.close()

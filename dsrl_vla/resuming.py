@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from .run_dir import load_checkpoint
 from .under_way import part
 
 if TYPE_CHECKING:
@@ -29,6 +30,7 @@ def pack(trainer: Trainer) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         "collector": trainer.collector.state(),
         "rng": trainer.updates.rng.bit_generator.state,
         "validated": list(trainer.validated),
+        "owed": trainer.owed,
         "validation_env_steps": trainer.validation_env_steps,
         "seconds": trainer.seconds,
     }
@@ -43,6 +45,27 @@ def unpack(trainer: Trainer, tensors: Mapping[str, torch.Tensor], state: Mapping
     trainer.updates.info = part(tensors, "info.")
     trainer.updates.rng.bit_generator.state = state["rng"]
     trainer.validated.extend(state["validated"])
+    trainer.owed = state.get("owed", False)  # which older checkpoints do not have
     trainer.validation_env_steps, trainer.seconds = state["validation_env_steps"], state["seconds"]
     torch.set_rng_state(tensors["torch_rng"])
     trainer.updates.resumed()
+
+
+def resume(trainer: Trainer) -> None:
+    """Go on from the newest whole checkpoint, without one from the start; and, on a robot, from its journal."""
+    found = load_checkpoint(trainer.out / "checkpoints")
+    if found is not None:
+        unpack(trainer, *found)
+    trainer.finalists.load()
+    before = trainer.collector.env_steps
+    done_since = trainer.collector.restore()
+    trainer.metrics.truncate(trainer.collector.env_steps if found is not None or done_since else -1)
+    rows = trainer.metrics.rows()
+    for row in rows:
+        trainer.watch.see(row)
+    if done_since:
+        trainer.catch_up()
+        every, now = trainer.recipe.train.validate_every, trainer.collector.env_steps
+        due = trainer.done or now // every > before // every
+        played = any(f"validation_{trainer.measured}" in row and row["env_steps"] > before for row in rows)
+        trainer.owed |= due and not played and trainer.learner.updates > 0

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -12,6 +14,7 @@ import torch
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv
 
 from .errors import bad
+from .interrupts import stop_requests
 from .noise import generators
 from .observation import PROMPT, Observations
 from .policy import FrozenPolicy
@@ -20,6 +23,7 @@ from .tasks import ChunkEnv, TaskInfo, make_task
 from .tasks.base import Measured
 from .tasks.live import VOID
 
+log = logging.getLogger(__name__)
 VectorMode = Literal["sync", "async"]
 _NOISE_STREAM = 7919  # separates an episode's noise from its environment's draws
 
@@ -86,7 +90,7 @@ class VectorTask:
     Close it, or use it as a context.
 
     Raises:
-        DsrlError: the tasks differ in their spaces.
+        DsrlError: the tasks differ in their spaces, or in what counts; several environments of a robot.
     """
 
     def __init__(self, config: TaskConfig, chunk: int):
@@ -101,6 +105,14 @@ class VectorTask:
                 raise
             raise bad("task.more", "tasks with the same observation and action spaces", f"{error}"[:200]) from error
         self.infos: list[TaskInfo] = list(self.envs.get_attr("info"))
+        self._signals = contextlib.ExitStack()
+        if len(measures := sorted({info.measure for info in self.infos})) > 1:
+            self.close()
+            raise bad("task.more", "tasks that are measured alike", " and ".join(measures))
+        if self.info.live and (config.num_envs > 1 or config.vector != "sync"):
+            self.close()
+            got = f"num_envs {config.num_envs}, vector {config.vector}"
+            raise bad("task", "num_envs 1 and vector sync, for there is one robot and one operator", got)
 
     @property
     def info(self) -> TaskInfo:
@@ -124,10 +136,6 @@ class VectorTask:
         """Whether a person drives now, so that nobody need choose a chunk."""
         return self.info.live and all(self.envs.get_attr("human"))
 
-    def nobodys(self) -> np.ndarray:
-        """Chunks that nobody chose, float32 (B, k, A): what a task that is driven is stepped with."""
-        return np.full((self.config.num_envs, self.chunk, self.info.action_dim), np.nan, dtype=np.float32)
-
     def restore(self, episodes: Sequence[tuple[int, Sequence[np.ndarray]]]) -> Observations:
         """Bring every environment to where an episode was: its seed, and the chunks (k, A) executed since."""
         self.reset([seed for seed, _ in episodes])
@@ -135,8 +143,17 @@ class VectorTask:
         seen = self.envs.call("restore")
         return self._with_prompts({key: np.stack([each[key] for each in seen]) for key in seen[0]})
 
-    def step(self, chunks: np.ndarray) -> ChunkResult:
-        """Execute float32 (B, k, A), open loop."""
+    def step(self, chunks: np.ndarray | None) -> ChunkResult:
+        """Execute float32 (B, k, A), open loop; None: nobody chose any, for a person drives.
+
+        Raises:
+            DsrlError: a chunk for a robot that is not finite; it has been stopped.
+        """
+        if chunks is None:
+            chunks = np.full((self.config.num_envs, self.chunk, self.info.action_dim), np.nan, dtype=np.float32)
+        elif self.info.live and not np.isfinite(chunks).all():
+            self.stop()
+            raise bad("the base's actions", "finite numbers", "NaN or infinity", "The robot was told to stand still.")
         observations, _, terminated, truncated, info = self.envs.step(chunks)
         none = np.zeros(len(chunks), dtype=bool)
         return ChunkResult(
@@ -154,15 +171,29 @@ class VectorTask:
     def _with_prompts(self, observations: dict[str, np.ndarray]) -> Observations:
         return {**observations, PROMPT: [info.prompt for info in self.infos]}
 
+    def stop(self) -> None:
+        """Let a robot stand still, whatever is done next; what fails in it is logged."""
+        if not self.info.live:
+            return
+        try:
+            self.envs.call("stop")
+        except Exception as error:
+            log.error("the robot could not be told to stand still: %s", error)
+
     def close(self) -> None:
         """Close every environment."""
         self.envs.close()
 
     def __enter__(self) -> VectorTask:
+        if self.info.live:  # a signal is to leave the block, which stops the robot
+            self._signals.enter_context(stop_requests(at_once=True))
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.close()
+        try:
+            self.close()
+        finally:
+            self._signals.close()
 
 
 @dataclass(frozen=True)
@@ -211,7 +242,7 @@ def run_episodes(
     total = len(seeds) * len(queues)
     while len(done) < total:
         if task.driven:
-            result = task.step(task.nobodys())
+            result = task.step(None)
         else:
             encoding = base.encode(observations)
             result = task.step(source.actions(base, observations, encoding, streams)[:, 0, :executed].numpy())

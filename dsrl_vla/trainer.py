@@ -32,9 +32,9 @@ from .offline_sources import read_episodes
 from .policy import FrozenPolicy
 from .recipe import Recipe
 from .replay import Replay
-from .resuming import pack, unpack
+from .resuming import pack
 from .rollout import Episode, VectorTask
-from .run_dir import Metrics, load_checkpoint, save_checkpoint
+from .run_dir import Metrics, save_checkpoint
 from .sources import HeadNoise
 from .team import Team
 from .tracking import Tracker
@@ -72,7 +72,8 @@ class Trainer:
         )
         self.head = SteeringHead(head_config)
         searched = self._warm_start() if config.warm_start == "ticket" else 0
-        bounds = sac.value_bounds(task.info.reward_range, base.spec.executed_steps)
+        each = [sac.value_bounds(info.reward_range, base.spec.executed_steps) for info in task.infos]
+        bounds = min(low for low, _ in each), max(high for _, high in each)
         self.learner = build_learner(
             recipe.algorithm, base, self.head, recipe.critic, sac, recipe.na, bounds, config.seed
         )
@@ -98,12 +99,18 @@ class Trainer:
         self.validated: deque[float] = deque(maxlen=2)
         self.validation_env_steps = 0
         self.seconds = 0.0
-        yardstick = YARDSTICKS[self.measured]
-        self.watch = Watch(sac.target_entropy, config.validation_episodes, config.env_steps, yardstick)
+        played, yardstick = config.validation_episodes * len(recipe.task.uris), YARDSTICKS[self.measured]
+        self.watch = Watch(sac.target_entropy, played, config.env_steps, yardstick)
+        self.owed = False
+        """Whether a validation was due and has not been finished."""
 
     def _warm_start(self) -> int:
         """Let the head start at the best constant noise; return the environment steps that finding it took."""
-        ticket = self.ticket()
+        ticket, budget = self.ticket(), self.recipe.train.env_steps
+        if ticket.env_steps >= budget:
+            raise bad(
+                "train.env_steps", f"more than the {ticket.env_steps} that train.warm_start's search took", budget
+            )
         self.head.start_at(torch.tensor(ticket.latent))
         return ticket.env_steps
 
@@ -126,6 +133,8 @@ class Trainer:
         with Tracker(self.recipe, self.out) as tracker, self.updates.team, stop_requests(collector.live) as asked, bar:
             try:
                 self._learn_offline(tracker, asked)
+                if self.owed and not asked.is_set():
+                    tracker.log(self.report(self.validate()), collector.env_steps)
                 while not self.done and not asked.is_set():
                     before, updates, start = collector.env_steps, self.learner.updates, time.perf_counter()
                     self._decide()
@@ -138,6 +147,7 @@ class Trainer:
                     bar.set_postfix(shown, refresh=False)
             except (KeyboardInterrupt, WorkerLostError) as error:
                 asked.set()
+                self.held_out.stop()  # a robot, before anything else
                 if collector.whole:  # else in the middle of a decision, which is not to be saved
                     self.checkpoint()
                 if isinstance(error, WorkerLostError):
@@ -188,7 +198,7 @@ class Trainer:
             for count in range(start + 1, total + 1):
                 self.updates.until(count)
                 bar.update()
-                if asked.is_set():
+                if asked.is_set() and count < total:
                     return
                 if count % _OFFLINE_EVERY == 0 and count < total:
                     self.checkpoint()
@@ -235,8 +245,9 @@ class Trainer:
 
     def validate(self) -> dict[str, float]:
         """Run the averaged, deterministic head on the validation episodes; save it when it is one of the best."""
-        head, config = self.learner.average, self.recipe.train
+        head, config, self.owed = self.learner.average, self.recipe.train, True
         found = Finalist(self.collector.env_steps, *self.play(head, 0, config.validation_episodes))
+        self.owed = False
         self.validated.append(found.mean)
         if self.finalists.takes(found):
             head.calibrate(self.replay.observations() or self.data.observations())
@@ -280,16 +291,3 @@ class Trainer:
             words = "; ".join(lost.values())
             missing = " and no ".join(lost or ["metrics.jsonl"])
             raise DsrlError(f"{self.out}: expected all of the run to be written, got no {missing}. {words}")
-
-    def resume(self) -> None:
-        """Go on from the newest whole checkpoint, without one from the start; and, on a robot, from its journal."""
-        found = load_checkpoint(self.out / "checkpoints")
-        if found is not None:
-            unpack(self, *found)
-        self.finalists.load()
-        done_since = self.collector.restore()
-        self.metrics.truncate(self.collector.env_steps if found is not None or done_since else -1)
-        if done_since:
-            self.catch_up()
-        for row in self.metrics.rows():
-            self.watch.see(row)

@@ -26,6 +26,7 @@ from .plots import draw_run
 from .policy import FrozenPolicy
 from .probing import probe
 from .recipe import AUTO, Recipe, differing, load_recipe
+from .resuming import resume as resume_run
 from .rollout import VectorTask
 from .run_dir import make_folder, write_json, write_text
 from .team import LaunchedTeam, join_team
@@ -100,7 +101,7 @@ def train(
         trainer = Trainer(recipe, base, task, held_out, out, team)
         stack.callback(trainer.collector.close)
         if resume:
-            trainer.resume()
+            resume_run(trainer)
         finished = trainer.run()
         trainer.check_saved()
         if finished:

@@ -325,7 +325,7 @@ def test_what_is_said_while_the_base_thinks_judges_the_step_before():
     env.reset(seed=0)
     assert env.step(north(2))[4]["rewards"].tolist() == [-1, -1]
     _, _, terminated, _, info = env.step(north(2))
-    assert terminated and info["steps"] == 0 and info["rewards"][0] == 0.0
+    assert terminated and info["steps"] == 0 and info["rewards"][0] == 1.0  # more than the step before had brought
     assert task.taken()["reward"].tolist() == [-1, 0] and task.taken()["success"].tolist() == [False, True]
 
 

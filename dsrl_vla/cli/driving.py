@@ -29,7 +29,6 @@ def run_drive(argv: list[str]) -> int:
     from .. import seeds
     from ..bases import load_base
     from ..errors import bad
-    from ..interrupts import stop_requests
     from ..rollout import TaskConfig, VectorTask, run_episodes
     from ..sources import NoiseSource, PriorNoise, SteeredNoise
     from ..steered_policy import SteeredPolicy
@@ -46,8 +45,7 @@ def run_drive(argv: list[str]) -> int:
         base, policy = load_base(args.base), None
     source: NoiseSource = SteeredNoise(policy) if policy else PriorNoise(base.spec.noise)
     config = TaskConfig(f"robot:{args.robot}", args.max_episode_steps, num_envs=1)
-    # SIGTERM, as Ctrl-C does, leaves the block below, which stops the robot.
-    with stop_requests(at_once=True), VectorTask(config, base.spec.executed_steps) as task:
+    with VectorTask(config, base.spec.executed_steps) as task:
         base.check_task(task.info)
         show = lambda e: print(f"{'success' if e.success else 'no success'}, {e.steps} steps", flush=True)
         done = run_episodes(base, task, source, numbers, on_episode=show)

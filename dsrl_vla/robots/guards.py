@@ -26,7 +26,11 @@ class GuardsConfig:
     """name -> greatest change in one step, from the measured position where the robot measures it, else from the
     last command. Every measured action needs one."""
     rest: dict = field(default_factory=dict)
-    """name -> the command that means standing still, for actions the robot does not measure (velocities)."""
+    """name -> the command that means standing still: for velocities, measured or not, and for whatever the robot does
+    not measure. A measured position has none: it stands still where it is."""
+
+
+_VELOCITY, _POSITION = ".vel", ".pos"  # as LeRobot's robots name them
 
 
 def _find(table: Mapping[str, Any], name: str) -> Any:
@@ -63,17 +67,21 @@ class Guards:
                 raise bad("guards.max_step", f"the greatest step of the action '{name}'", "none")
             if most is not None and not (_is_number(most) and most > 0):
                 raise bad(f"guards.max_step of '{name}'", "a positive number", most)
-            if not self.measured[i] and rest is None:
-                raise bad("guards.rest", f"what stands still for '{name}', which the robot does not measure", "none")
+            if rest is None and (name.endswith(_VELOCITY) or not self.measured[i]):
+                why = "which is a velocity" if name.endswith(_VELOCITY) else "which the robot does not measure"
+                raise bad("guards.rest", f"what stands still for '{name}', {why}", "none")
+            if rest is not None and self.measured[i] and name.endswith(_POSITION):
+                words = f"none for '{name}', a measured position, which stands still where it is"
+                raise bad("guards.rest", words, rest, "The robot would go there, without limit, when an episode ends.")
             if rest is not None and not _is_number(rest):
                 raise bad(f"guards.rest of '{name}'", "a number", rest)
             self.low[i], self.high[i] = pair
             self.most[i] = np.inf if most is None else most
-            self.rest[i] = 0.0 if rest is None else rest
+            self.rest[i] = np.nan if rest is None else rest
 
     def still(self, present: np.ndarray) -> np.ndarray:
         """The action (A,) that stands still; `present` (A,) is where the robot is, as far as it measures that."""
-        return np.where(self.measured, present, self.rest)
+        return np.where(np.isnan(self.rest), present, self.rest)
 
     def __call__(self, action: np.ndarray, before: np.ndarray) -> np.ndarray:
         """The action (A,) within limits and no further than a step from `before` (A,).

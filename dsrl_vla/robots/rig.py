@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import bad
+from ..interrupts import undisturbed
 from ..observation import IMAGE_PREFIX, STATE
 from .guards import Guards, GuardsConfig
 
@@ -55,7 +56,7 @@ class Rig:
             theirs = ", ".join(_numbers(teleop.action_features))
             raise bad("teleop", f"the robot's actions ({', '.join(self.actions)})", theirs)
         self.clipped = self.sent = 0
-        self._last = np.where(self.guards.measured, np.nan, self.guards.rest)
+        self._last = self.guards.still(np.full(len(self.actions), np.nan))
         self.seen: dict[str, Any] = {}
         self._connect()
 
@@ -87,7 +88,8 @@ class Rig:
         """Send an action (A,) behind the guards; return what was really executed, float32 (A,).
 
         Raises:
-            DsrlError: a number that is not finite, of the action or of where the robot is; it has been stopped.
+            DsrlError: a number that is not finite, of the action or of where the robot is (as read, or else as last
+                told); it has been stopped.
         """
         before = self.present()
         try:
@@ -138,9 +140,11 @@ class Rig:
         return np.array([wanted[name] for name in self.actions], dtype=np.float64)
 
     def close(self) -> None:
-        """Stand still and disconnect; what fails in it is logged, for the robot may be why we stop."""
-        for what in (self._hold_here, self.robot.disconnect, *([self.teleop.disconnect] if self.teleop else [])):
-            try:
-                what()
-            except Exception as error:
-                log.warning("while disconnecting the robot: %s", error)
+        """Stand still and disconnect; what fails in it is logged, for the robot may be why we stop. Nobody who presses
+        Ctrl-C once more keeps it from being tried."""
+        with undisturbed("the robot is being stopped"):
+            for what in (self._hold_here, self.robot.disconnect, *([self.teleop.disconnect] if self.teleop else [])):
+                try:
+                    what()
+                except (Exception, KeyboardInterrupt) as error:
+                    log.warning("while disconnecting the robot: %s", error or type(error).__name__)

@@ -57,6 +57,8 @@ class RobotTask(LiveTask):
         self.action_space = gym.spaces.Box(low, high, dtype=np.float32)
         self.columns: dict[str, list[Any]] = {}
         self.count = 0
+        self.late = False
+        """Whether the operator said how it ended between two chunks."""
         self.executed = np.zeros(len(rig.actions), dtype=np.float32)
         self.now: dict[str, np.ndarray] = {}
 
@@ -65,11 +67,13 @@ class RobotTask(LiveTask):
         if self._reset is not None:
             self._reset(self.rig.robot, seed)
         self.operator.ready(f"{self.info.prompt}: make the scene ready.")
-        self.columns, self.count, self.ending, self.human = {}, 0, None, False
+        self.columns, self.count, self.ending, self.human, self.late = {}, 0, None, False, False
         self.now = self.rig.observe()
 
     def attend(self) -> None:
+        before = self.ending
         self._hear()
+        self.late = before is None and self.ending is not None
         self.pacer.start()
 
     def _hear(self) -> None:
@@ -113,7 +117,7 @@ class RobotTask(LiveTask):
         self.pacer.idle()
 
     def taken(self) -> dict[str, np.ndarray]:
-        if self.ending and self.columns:  # said between two chunks: it judges the step before
+        if self.late and self.columns:  # it judges the step before
             self.columns["reward"][-1] = self.verdict()
             self.columns["success"][-1] = self.ending is Ending.SUCCESS
         return {key: np.stack(values) for key, values in self.columns.items()}

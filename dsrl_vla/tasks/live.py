@@ -79,14 +79,20 @@ class LiveTask(TaskEnv):
 
 
 class LiveChunkEnv(ChunkEnv):
-    """A live task whose one action is a chunk; a chunk of NaN stands for "whatever the person does".
+    """A live task whose one action is a chunk; a chunk of NaN stands for "whatever the person does", and is no
+    policy's: see `VectorTask.step`.
 
     ``info`` has, beyond `ChunkEnv`'s: ``executed`` float32 (k, A), the last action held beyond ``steps``;
     ``human``; and ``ending``, an `Ending` or empty. ``steps`` is 0 where the operator spoke before the first
-    step: ``rewards[0]`` then is that of the step before, judged anew.
+    step: ``rewards[0]`` then is what that adds to the reward of the step before.
     """
 
     env: LiveTask
+    _last = 0.0
+
+    def reset(self, **options: Any):
+        self._last = 0.0
+        return super().reset(**options)
 
     def step(self, action: np.ndarray):
         env = self.env
@@ -95,13 +101,14 @@ class LiveChunkEnv(ChunkEnv):
         rewards = np.zeros(self.chunk)
         executed = np.zeros_like(action)
         if env.ending:
-            rewards[0] = env.verdict()
+            rewards[0] = env.verdict() - self._last
         absent = bool(np.isnan(action).all())  # nobody chose this chunk
         limit = self.info.max_episode_steps
         for row in action if not (absent and not human) else ():
             if env.ending or env.human != human or self._steps >= limit:
                 break
             rewards[steps], _, _ = env.advance(row)
+            self._last = float(rewards[steps])
             executed[steps:] = env.executed
             steps += 1
             self._steps += 1
@@ -112,6 +119,10 @@ class LiveChunkEnv(ChunkEnv):
         info: dict[str, Any] = {"success": env.ending is Ending.SUCCESS, "steps": steps, "rewards": rewards}
         info |= {"executed": executed, "human": human, "ending": str(env.ending or "")}
         return env.observe(), float(rewards.sum()), terminated, truncated, info
+
+    def stop(self) -> None:
+        """As `LiveTask.stop`."""
+        self.env.stop()
 
     def taken(self) -> dict[str, np.ndarray]:
         """As `LiveTask.taken`."""

@@ -217,11 +217,12 @@ class Trainer:
 
     @property
     def done(self) -> bool:
-        """Whether offline updates and steps are used up, or the head has been good enough twice in a row."""
+        """Whether offline updates and steps are used up, or the head has been good enough twice in a row; and what was
+        due has been validated."""
         config = self.recipe.train
         good = config.stop_at is not None and len(self.validated) == 2 and min(self.validated) >= config.stop_at
         offline = self.learner.updates >= self.recipe.offline.updates
-        return good or (offline and self.collector.env_steps >= config.env_steps)
+        return not self.owed and (good or (offline and self.collector.env_steps >= config.env_steps))
 
     def report(self, more: dict[str, float]) -> dict[str, float]:
         """Append a line to ``metrics.jsonl``; return it."""

@@ -7,7 +7,7 @@ from dsrl_vla.adapters.flow_mlp import FlowMLP
 from dsrl_vla.errors import DsrlError
 from dsrl_vla.evaluation import Measure, measure_base, paired_difference
 from dsrl_vla.head import HeadConfig
-from dsrl_vla.measures import wilson
+from dsrl_vla.measures import bootstrap, newcombe, wilson
 from dsrl_vla.networks import NetworkConfig
 from dsrl_vla.noise import NoiseLayout, NoiseSpace
 from dsrl_vla.rollout import Episode, TaskConfig, VectorTask
@@ -31,6 +31,25 @@ def measure_of(wins):
 def test_a_paired_difference_is_over_the_same_episodes():
     gain = paired_difference(measure_of([0, 0, 1, 1] * 10), measure_of([1, 0, 1, 1] * 10))
     assert gain["mean"] == 0.25 and 0 < gain["ci95"][0] < 0.25 < gain["ci95"][1] < 0.5
+
+
+@pytest.mark.parametrize(
+    ("counts", "low", "high"),
+    [((1, 1, 7, 12), 0.0256, 0.5069), ((20, 2, 12, 16), 0.0562, 0.3290), ((0, 0, 20, 0), 0.7721, 1.0)],
+)
+def test_an_interval_of_paired_rates_is_newcombes(counts, low, high):
+    """Of both, before alone, after alone, neither; worked out by hand. All alike is no certainty."""
+    before = np.repeat([1.0, 1.0, 0.0, 0.0], counts)
+    after = np.repeat([1.0, 0.0, 1.0, 0.0], counts)
+    assert newcombe(before, after) == pytest.approx((low, high), abs=5e-4)
+    assert newcombe(after, before) == pytest.approx((-high, -low), abs=5e-4)
+
+
+def test_a_bootstrap_in_portions_is_the_one_at_once():
+    scores = np.random.default_rng(3).random(37)
+    rng = np.random.default_rng(0)
+    wanted = np.quantile(scores[rng.integers(0, 37, (10_000, 37))].mean(1), (0.025, 0.975))
+    assert bootstrap(scores) == tuple(wanted)
 
 
 @pytest.fixture

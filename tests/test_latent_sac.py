@@ -1,3 +1,5 @@
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -38,6 +40,23 @@ def test_the_reward_of_a_chunk_is_discounted_over_the_executed_steps_only():
 def test_value_bounds_are_what_the_reward_adds_up_to():
     assert SACConfig(gamma=0.5, reward_offset=0.0).value_bounds((-1.0, 0.0)) == (-2.0, 0.0)
     assert SACConfig(gamma=0.5).value_bounds((-1.0, 0.0)) == (0.0, 2.0)
+    assert SACConfig(backup_entropy=True).value_bounds((-1.0, 0.0)) == (-math.inf, math.inf)  # entropy may go beyond
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "words"),
+    [
+        ("reward_scale", -1.0, "above 0"),
+        ("reward_scale", 0.0, "above 0"),
+        ("reward_scale", math.inf, "a finite number"),
+        ("reward_offset", math.nan, "a finite number"),
+        ("target_entropy", math.inf, "a finite number"),
+        ("actor_lr", math.nan, "above 0"),
+    ],
+)
+def test_settings_that_would_make_every_target_one_number_are_refused(name, value, words):
+    with pytest.raises(DsrlError, match=f"sac.{name}: expected {words}"):
+        SACConfig(**{name: value})
 
 
 def test_terminations_do_not_bootstrap_and_timeouts_do():

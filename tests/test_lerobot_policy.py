@@ -194,6 +194,16 @@ def test_in_process_it_batches_keeps_its_queue_and_saves(steered, base, head, tm
     assert policy.supports_rtc() is False
 
 
+def test_moved_to_another_device_it_loads_its_base_there(steered, monkeypatch):
+    """LeRobot's server loads first and moves then."""
+    from dsrl_vla.recipe import BaseConfig
+
+    policy, devices = DsrlPolicy.from_pretrained(steered), []
+    monkeypatch.setattr(BaseConfig, "load", lambda self, **_: devices.append(self.device) or policy.base)
+    policy.to("cpu").to(torch.float32).to("cuda")
+    assert devices == ["cuda"] and policy.config.device == "cuda"
+
+
 def test_unsteered_episodes_have_their_own_noise(steered):
     policy = DsrlPolicy.from_pretrained(steered)
     policy.config.steer = False

@@ -1,16 +1,18 @@
 """One head, many tasks: mixed rollouts, evaluation task by task."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
-from dsrl_vla import load_recipe, train
+from dsrl_vla import load_recipe, rollout, train
 from dsrl_vla.adapters.flow_mlp import FlowMLP, FlowMLPConfig, clone_flow_mlp
 from dsrl_vla.errors import DsrlError
 from dsrl_vla.rollout import TaskConfig, VectorTask, run_episodes
 from dsrl_vla.sources import PriorNoise
 from dsrl_vla.tables import print_evaluation
 from dsrl_vla.tasks.point import demonstrate
+from dsrl_vla.trainer import Trainer
 
 BOTH = TaskConfig("point:fork", 40, 5, more=("point:mirror",))
 
@@ -74,3 +76,31 @@ def test_tasks_that_do_not_fit_together_are_refused():
         TaskConfig("point:fork", 40, 1, more=("point:mirror",))
     with pytest.raises(DsrlError, match="task.more: expected tasks with the same observation and action spaces"):
         VectorTask(TaskConfig("point:fork", 40, 2, more=("metaworld:push-v3",)), 4)
+
+
+def other_info(monkeypatch, **change):
+    """point:mirror with something else in its `TaskInfo`."""
+    make = rollout.make_task
+
+    def made(uri, **options):
+        env = make(uri, **options)
+        if uri == "point:mirror":
+            env.info = replace(env.info, **change)
+        return env
+
+    monkeypatch.setattr(rollout, "make_task", made)
+
+
+def test_tasks_that_are_measured_otherwise_are_refused(monkeypatch):
+    other_info(monkeypatch, measure="return")
+    with pytest.raises(DsrlError, match="task.more: expected tasks that are measured alike, got return and success"):
+        VectorTask(BOTH, 4)
+
+
+def test_no_value_is_cut_to_what_another_task_can_give(both_folder, tmp_path, monkeypatch):
+    other_info(monkeypatch, reward_range=(-7.0, 3.0))
+    recipe = load_recipe("drawer-open", {"base": {"uri": f"flow-mlp:{both_folder}"}, "sac": {"gamma": 0.5}})
+    base = recipe.base.load()
+    with VectorTask(BOTH, 4) as task:
+        made = Trainer(recipe, base, task, task, tmp_path)
+    assert made.learner.bounds == (-12.0, 8.0) and task.infos[0].reward_range == (-1.0, 0.0)

@@ -110,6 +110,12 @@ def test_a_run_can_start_from_the_ticket_and_counts_its_steps(fork_recipe, tmp_p
     assert rows[-1]["env_steps"] >= 9000
 
 
+def test_a_search_that_took_all_the_steps_there_are_is_said(fork_recipe, tmp_path, capsys):
+    options = ["--train.warm_start", "ticket", "--train.env_steps", "500"]
+    assert main(["train", str(fork_recipe), "--out", str(tmp_path / "run"), *options]) == 2
+    assert "that train.warm_start's search took, got 500" in capsys.readouterr().err
+
+
 def test_a_head_that_starts_somewhere_chooses_about_that(fork_base, layout):
     torch.manual_seed(0)
     head = SteeringHead(HeadConfig.for_base(fork_base.spec, layout, NetworkConfig(width=16, layers=1)))

@@ -125,6 +125,12 @@ def test_a_smaller_stride_makes_more_of_the_same_data(fork_base, head, episodes)
     assert (k - 1) * whole < every <= (k + 0.5) * whole
 
 
+def test_a_stride_beyond_a_chunk_is_refused(fork_base, head, episodes):
+    """It would quietly be a chunk's."""
+    with pytest.raises(DsrlError, match="offline.stride: expected at most the 4 steps that 'flow-mlp:.*got 5"):
+        filled(fork_base, head, episodes, stride=5)
+
+
 def test_sac_refuses_data_without_noise_and_na_exact_takes_it(fork_base, head, episodes):
     with pytest.raises(DsrlError, match=r"algorithm: expected na or na-exact, which learn from actions"):
         filled(fork_base, head, episodes, keeper=Keeper())

@@ -54,6 +54,7 @@ def test_a_number_in_scientific_notation_is_a_number(write):
         ("train: {tracker: mlflow}", "train.tracker: expected none or tensorboard or wandb or trackio"),
         ("train: {stop_at: 1.5}", "train.stop_at: expected above 0 and at most 1"),
         ("train: {env_steps: 0}", "train.env_steps: expected 1 or more"),
+        ("{train: {replay_capacity: 200}, sac: {n_step: 10}}", "replay_capacity: expected 220 or more, for returns"),
         ("head: {cameras: front}", "head.cameras: expected a list"),
         ("sac: 3", "sac: expected a mapping with keys"),
         ("- a", "expected a mapping of sections, got list"),

@@ -114,6 +114,7 @@ def test_guards_stand_behind_limits_and_steps():
         (arm_guards(limits={"*": ["-90", 90]}), True, r"\[low, high\] with low < high"),
         (arm_guards(rest={"*": "still"}), False, "guards.rest of 'x.pos': expected a number, got still"),
         (arm_guards(), False, r"guards\.rest.*'x\.pos', which the robot does not measure"),
+        (arm_guards(rest={"*": 0}), True, r"guards\.rest: expected none for 'x\.pos', a measured position"),
     ],
 )
 def test_guards_with_a_gap_are_refused(config, measured, words):
@@ -206,6 +207,51 @@ def test_the_name_itself_counts_before_a_pattern_as_in_the_readme():
     assert guards.low.tolist() == [-90, 0] and guards.high.tolist() == [90, 100]
 
 
+class Wheels(Arm):
+    """An arm on wheels, whose speed is measured too, as LeKiwi's is."""
+
+    observation_features = {"x.pos": float, "theta.vel": float}
+    action_features = {"x.pos": float, "theta.vel": float}
+
+    def __init__(self):
+        super().__init__()
+        self.at = {"x.pos": 0.0, "theta.vel": 0.0}
+
+
+def test_a_speed_that_is_measured_is_stopped_and_not_kept():
+    wheels, guards = Wheels(), arm_guards(limits={"*": [-20, 20]}, rest={"*.vel": 0.0})
+    rig = Rig(wheels, guards)
+    rig.observe()
+    rig.send(np.array([1.0, 0.5]))
+    rig.observe()
+    rig.hold()
+    rig.close()
+    assert wheels.commands == [{"x.pos": 1.0, "theta.vel": 0.5}] + [{"x.pos": 1.0, "theta.vel": 0.0}] * 2
+    with pytest.raises(DsrlError, match=r"what stands still for 'theta\.vel', which is a velocity"):
+        Rig(Wheels(), arm_guards(limits={"*": [-20, 20]}))
+
+
+@pytest.mark.usefixtures("at_a_terminal")
+@pytest.mark.parametrize(("signals", "holds"), [(1, True), (2, True), (3, False)])
+def test_whoever_presses_ctrl_c_again_does_not_keep_the_robot_from_being_stopped(signals, holds, caplog):
+    """From the third on they do: what hangs is to end some time. It is disconnected even then."""
+    import signal
+
+    arm = Arm()
+    rig, look = Rig(arm, arm_guards()), arm.get_observation
+    rig.observe()
+
+    def looking():
+        for _ in range(signals):
+            signal.raise_signal(signal.SIGINT)
+        return look()
+
+    arm.get_observation = looking
+    rig.close()
+    assert bool(arm.commands) is holds and not arm.is_connected
+    assert caplog.text.count("the robot is being stopped") == signals
+
+
 def test_a_dry_run_sends_nothing():
     arm = Arm()
     rig = Rig(arm, arm_guards(), dry_run=True)
@@ -264,13 +310,37 @@ def test_without_a_terminal_the_way_out_is_named(tmp_path):
         TerminalOperator(stream)
 
 
+class Pad(Hand):
+    """Buttons alone."""
+
+    action_features = {"dtype": "float32", "shape": (3,), "names": {"delta_x": 0, "delta_y": 1, "delta_z": 2}}
+    made: list = []
+
+    def __init__(self):
+        self.events = {}
+        Pad.made.append(self)
+
+    def get_teleop_events(self):
+        return self.events
+
+    def disconnect(self):
+        self.is_connected = False
+
+
+def test_buttons_of_a_device_beside_the_leader_arm(tmp_path):
+    """LeRobot's gamepad and keyboard have words, and no joints; its leader arms joints, and no words."""
+    pad = {"factory": f"{__name__}:Pad"}
+    path = write_file(tmp_path, operator="teleop", events=pad)
+    with pytest.raises(DsrlError, match="a terminal to read keys from"):  # who says that the scene is ready
+        make(str(path))
+    assert not Pad.made[-1].is_connected
+    with pytest.raises(DsrlError, match="get_teleop_events .*got Hand. Name one under events:"):
+        make(str(write_file(tmp_path, operator="teleop")))
+    with pytest.raises(DsrlError, match="got none. A device for its buttons alone goes under events:"):
+        make(str(write_file(tmp_path, operator="teleop", teleop=pad)))
+
+
 def test_words_from_a_teleoperators_buttons():
-    class Pad(Hand):
-        events = {}
-
-        def get_teleop_events(self):
-            return self.events
-
     pad = Pad()
     operator = TeleopOperator(pad, Unattended)
     for events, ending in (
@@ -282,6 +352,9 @@ def test_words_from_a_teleoperators_buttons():
         pad.events = events
         said = operator.hear()
         assert said.ending is ending and said.human is ("is_intervention" in events)
+    assert pad.is_connected
+    operator.close()
+    assert not pad.is_connected
     with pytest.raises(DsrlError, match="get_teleop_events"):
         TeleopOperator(Hand(), Unattended)
 
@@ -348,6 +421,7 @@ def test_rewards_by_function():
     _, _, terminated, _, info = env.step(north(4))
     assert terminated and info["steps"] == 2 and info["success"]
     assert info["rewards"][:2] == pytest.approx([-0.95, -0.9])
+    assert task.taken()["reward"].tolist() == info["rewards"][:2].tolist()
     with pytest.raises(DsrlError, match=r"reward: expected a number within reward_range \[-1.0, 0.0\], got 3"):
         ByFunction(lambda o, a: 3)({}, north(1))
 
@@ -362,6 +436,45 @@ def test_an_evaluation_plays_void_episodes_again_and_credits_no_person(fork_base
         done = run_episodes(fork_base, task, PriorNoise(fork_base.spec.noise), [5, 6, 7])
     assert [(e.seed, e.success) for e in done] == [(5, True), (6, False), (7, False)]
     assert done[0].steps == 4 and done[2].steps == 12
+    assert done[0].reward == -3.0  # the word came while the base was thinking, and judges the fourth step
+
+
+@pytest.mark.parametrize("more", [{"num_envs": 2}, {"num_envs": 1, "vector": "async"}])
+def test_one_robot_is_one_environment(tmp_path, more):
+    from dsrl_vla.robots import connect
+    from dsrl_vla.rollout import TaskConfig, VectorTask
+
+    path = write_file(tmp_path, [(99, 0, "cut")])
+    with pytest.raises(DsrlError, match="num_envs 1 and vector sync, for there is one robot"):
+        VectorTask(TaskConfig(f"robot:{path}", 12, **more), 4)
+    assert not connect._open
+
+
+def test_what_no_base_should_say_stops_the_robot(fork_base, tmp_path, monkeypatch):
+    """NaN also stands for "nobody chose", which waits for a person: a base's own must not."""
+    from dsrl_vla.rollout import TaskConfig, VectorTask, run_episodes
+    from dsrl_vla.sources import PriorNoise
+
+    told = []
+    monkeypatch.setattr(TaskRobot, "send_action", lambda self, action: told.append(action))
+    monkeypatch.setattr(type(fork_base), "_denoise", lambda self, encoding, noise: noise[..., :2] * np.nan)
+    path = write_file(tmp_path, [(99, 0, "cut")])
+    with VectorTask(TaskConfig(f"robot:{path}", 12, num_envs=1), 4) as task:
+        with pytest.raises(DsrlError, match="the base's actions: expected finite numbers"):
+            run_episodes(fork_base, task, PriorNoise(fork_base.spec.noise), [0])
+        assert told == [{"a0.vel": 0.0, "a1.vel": 0.0}]
+
+
+def test_a_robots_rollouts_are_not_recorded_as_a_simulations_are(fork_base, tmp_path):
+    from dsrl_vla.recording import record
+    from dsrl_vla.robots import connect
+    from dsrl_vla.rollout import TaskConfig
+    from dsrl_vla.sources import PriorNoise
+
+    config = TaskConfig(f"robot:{write_file(tmp_path, [(99, 0, 'cut')])}", 12, num_envs=1)
+    with pytest.raises(DsrlError, match="record: expected a simulated task.*in the run's journal: dsrl-vla export"):
+        next(record(fork_base, config, PriorNoise(fork_base.spec.noise), [0]))
+    assert not connect._open
 
 
 def write_file(folder, script=(), **more):
@@ -561,6 +674,43 @@ def test_a_better_head_outlives_a_crash_before_the_next_checkpoint(fork_folder, 
     assert (out / "best" / "head.safetensors").read_bytes() == best
     found = [r["validation_success"] for r in Metrics(out / "metrics.jsonl").rows() if "validation_success" in r]
     assert found[:2] == [0.25, 1.0] and found.count(0.5) >= 2
+
+
+@pytest.mark.usefixtures("at_a_terminal")
+@pytest.mark.parametrize("when", ["episode", "validation"])
+def test_ctrl_c_stops_the_robot_first_and_a_validation_it_cut_off_is_made_up(when, fork_folder, tmp_path, monkeypatch):
+    import signal
+
+    from dsrl_vla import load_recipe, train
+    from dsrl_vla.trainer import Trainer
+
+    small, path, out, log = {"network": {"width": 16, "layers": 1}}, write_file(tmp_path), tmp_path / "run", []
+    tree = {
+        "base": {"uri": f"flow-mlp:{fork_folder}"},
+        "task": {"uri": f"robot:{path}", "max_episode_steps": 12, "num_envs": 1},
+        "head": small,
+        "critic": small,
+        "train": {"env_steps": 48, "learning_starts": 3, "validate_every": 48, "validation_episodes": 2,
+                  "stop_at": None},
+    }  # fmt: skip
+    send, play, write = TaskRobot.send_action, Trainer.play, Trainer._write_checkpoint
+
+    def sending(self, action):
+        log.append(any(action.values()))
+        if ("playing" in log or when == "episode") and log[-3:] == [True] * 3:
+            signal.raise_signal(signal.SIGINT)
+        return send(self, action)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(TaskRobot, "send_action", sending)
+        patch.setattr(Trainer, "play", lambda self, *args: log.append("playing") or play(self, *args))
+        patch.setattr(Trainer, "_write_checkpoint", lambda self: log.append("checkpoint") or write(self))
+        result = train(load_recipe("drawer-open", tree), out, evaluate_after=False)
+    stopped = len(log) - log[::-1].index(True)
+    then = [False, "checkpoint", False] if when == "episode" else [False, False]  # whole episodes are journalled
+    assert result.interrupted and log[stopped:] == then and not (out / "best").exists()
+    train(load_recipe("drawer-open", tree), out, resume=True, evaluate_after=False)
+    assert (out / "best" / "head.safetensors").exists()
 
 
 def test_a_journal_that_the_disk_has_changed_is_refused(fork_base, tmp_path):

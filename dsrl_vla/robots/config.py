@@ -34,6 +34,9 @@ class RobotFile:
     prompt: str
     teleop: dict = field(default_factory=dict)
     """LeRobot's configuration of a teleoperator, or a factory; empty for none."""
+    events: dict = field(default_factory=dict)
+    """LeRobot's configuration of a device whose buttons are the operator's words (gamepad, keyboard_ee), or a factory;
+    for `operator: teleop`, where the teleoperator itself has none, as leader arms."""
     imports: tuple[str, ...] = ()
     """Modules that register further robots and teleoperators."""
     fps: float = 30.0
@@ -42,7 +45,8 @@ class RobotFile:
     """Robot's camera -> the base's name for it; by default all of them, under the robot's names."""
     guards: GuardsConfig = field(default_factory=GuardsConfig)
     operator: str = "terminal"
-    """terminal, teleop (its buttons), none, or ``package.module:function`` that makes an `Operator`."""
+    """terminal, teleop (the buttons of `events`, or else of `teleop`), none, or ``package.module:function`` that makes
+    an `Operator`."""
     script: tuple[dict, ...] = ()
     """What a scripted operator says instead; see `ScriptedOperator`."""
     reward: str = "keys"

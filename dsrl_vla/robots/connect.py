@@ -113,7 +113,9 @@ def _operator(config: RobotFile, teleop: Any) -> Operator:
         return made
     kinds: dict[str, Callable[[], Operator]] = {
         "terminal": TerminalOperator,
-        "teleop": lambda: TeleopOperator(teleop, TerminalOperator),
+        "teleop": lambda: TeleopOperator(
+            _device(config.events, "events") if config.events else teleop, TerminalOperator
+        ),
         "none": Unattended,
     }
     return kinds[config.operator]()

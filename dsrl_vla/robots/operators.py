@@ -82,18 +82,31 @@ class TeleopOperator(Operator):
     """Takes the words from a LeRobot teleoperator that has them (`get_teleop_events`: gamepad, keyboard_ee).
 
     Args:
+        teleop: the one that drives the robot, or one for its buttons alone; connected here, if it is not.
         scene: makes who says that the scene is ready.
 
     Raises:
-        DsrlError: the teleoperator has no events.
+        DsrlError: the teleoperator has no events, or cannot be connected.
     """
 
     _ENDINGS = {"rerecord_episode": Ending.REDO, "success": Ending.SUCCESS, "terminate_episode": Ending.FAILURE}
 
     def __init__(self, teleop: Any, scene: Callable[[], Operator]):
         if not hasattr(teleop, "get_teleop_events"):
-            raise bad("operator: teleop", "a teleoperator with get_teleop_events (gamepad, keyboard_ee)", type(teleop))
-        self.teleop, self.scene = teleop, scene()
+            fix = "Name one under events:."
+            known = "a teleoperator with get_teleop_events (gamepad, keyboard_ee)"
+            raise bad("operator: teleop", known, type(teleop).__name__, fix)
+        self.teleop, self.own = teleop, not teleop.is_connected
+        if self.own:
+            try:
+                teleop.connect()
+            except Exception as error:
+                raise bad("events", "a device that can be connected", f"{type(error).__name__}: {error}") from error
+        try:
+            self.scene = scene()
+        except BaseException:
+            self._disconnect()
+            raise
 
     def hear(self) -> Said:
         events = {getattr(key, "value", key): value for key, value in self.teleop.get_teleop_events().items()}
@@ -105,4 +118,11 @@ class TeleopOperator(Operator):
         self.teleop.get_teleop_events()
 
     def close(self) -> None:
-        self.scene.close()
+        try:
+            self.scene.close()
+        finally:
+            self._disconnect()
+
+    def _disconnect(self) -> None:
+        if self.own:
+            self.teleop.disconnect()

@@ -54,7 +54,8 @@ class Rig:
         self.guards = Guards(guards, self.actions, self.state)
         if teleop is not None and set(_numbers(teleop.action_features)) != set(self.actions):
             theirs = ", ".join(_numbers(teleop.action_features))
-            raise bad("teleop", f"the robot's actions ({', '.join(self.actions)})", theirs)
+            fix = "A device for its buttons alone goes under events:."
+            raise bad("teleop", f"the robot's actions ({', '.join(self.actions)})", theirs or "none", fix)
         self.clipped = self.sent = 0
         self._last = self.guards.still(np.full(len(self.actions), np.nan))
         self.seen: dict[str, Any] = {}

@@ -49,8 +49,7 @@ class DsrlPolicy(PreTrainedPolicy):
         super().__init__(config)
         if head is None:
             raise bad("policy 'dsrl'", "a saved one (--policy.path=DIR, from `dsrl-vla export-policy`)", "a new one")
-        base = base or BaseConfig(config.base, config.base_dtype, config.device, config.base_options).load()
-        policy = SteeredPolicy(base, head)
+        base = base or self._load()
         if config.n_action_steps != base.spec.executed_steps:
             raise bad("policy.n_action_steps", f"{base.spec.executed_steps}, as in training", config.n_action_steps)
         unseen = set(head.config.cameras) - set(map(camera_of, config.image_features))
@@ -58,12 +57,21 @@ class DsrlPolicy(PreTrainedPolicy):
             raise bad("policy.input_features", f"the head's cameras {', '.join(head.config.cameras)}", "fewer",
                       "Export it again: dsrl-vla export-policy")  # fmt: skip
         self.head = head
+        self._steer(base)
+        self._episodes = 0
+        self.reset()
+
+    def _load(self) -> FrozenPolicy:
+        config = self.config
+        return BaseConfig(config.base, config.base_dtype, config.device or "cpu", config.base_options).load()
+
+    def _steer(self, base: FrozenPolicy) -> None:
+        """Put the head on this base."""
+        policy, config = SteeredPolicy(base, self.head), self.config
         self.__dict__["base"] = base  # no submodule: neither saved nor moved with the head
         self.source: NoiseSource = PriorNoise(base.spec.noise)
         if config.steer:
             self.source = SteeredNoise(policy, deterministic=not config.stochastic)
-        self._episodes = 0
-        self.reset()
 
     @classmethod
     def from_pretrained(
@@ -98,8 +106,19 @@ class DsrlPolicy(PreTrainedPolicy):
         self.config._save_pretrained(save_directory)
         self.head.save_pretrained(save_directory)
 
+    def to(self, *args: Any, **kwargs: Any) -> DsrlPolicy:
+        """Move the base, which is loaded anew there: LeRobot's server asks for its device only after loading.
+
+        The head stays where it is, in float32: what it looks at is on the CPU, and it costs next to nothing.
+        """
+        device = torch._C._nn._parse_to(*args, **kwargs)[0]
+        if device is not None and device.type != torch.device(self.config.device or "cpu").type:
+            self.config.device = str(device)
+            self._steer(self._load())
+        return self
+
     def _apply(self, fn: Any, recurse: bool = True) -> DsrlPolicy:
-        """The head stays where it is, in float32: what it looks at is on the CPU, and it costs next to nothing."""
+        """As `to` says, whatever else torch may want to do with every tensor."""
         return self
 
     def reset(self) -> None:

@@ -49,15 +49,14 @@ class DsrlPolicy(PreTrainedPolicy):
         super().__init__(config)
         if head is None:
             raise bad("policy 'dsrl'", "a saved one (--policy.path=DIR, from `dsrl-vla export-policy`)", "a new one")
-        base = base or self._load()
+        self.head, base = head, base or self._load()
+        self._steer(base)
         if config.n_action_steps != base.spec.executed_steps:
             raise bad("policy.n_action_steps", f"{base.spec.executed_steps}, as in training", config.n_action_steps)
         unseen = set(head.config.cameras) - set(map(camera_of, config.image_features))
         if unseen:
             raise bad("policy.input_features", f"the head's cameras {', '.join(head.config.cameras)}", "fewer",
                       "Export it again: dsrl-vla export-policy")  # fmt: skip
-        self.head = head
-        self._steer(base)
         self._episodes = 0
         self.reset()
 

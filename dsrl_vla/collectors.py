@@ -58,5 +58,6 @@ def make_collector(
         workers=rollout.workers,
         threads=recipe.train.threads,
         max_faults=recipe.train.max_faults,
+        gpus=rollout.gpus,
     )
     return Crew(head, replay, spec, rollout, faults)

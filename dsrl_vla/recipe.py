@@ -169,6 +169,9 @@ class Recipe:
             raise bad("train.env_steps", "1 or more, or offline.source and offline.updates", 0)
         if self.algorithm == "na-exact" and self.rollout.backend != "inline":
             raise bad("algorithm", "sac or na with workers: the prefixes are too much to send", "na-exact")
+        if self.rollout.backend == "ray" and self.base.device.startswith("cuda") and not self.rollout.gpus:
+            fix = "0.25 lets four workers share one."
+            raise bad("rollout.gpus", f"above 0 for a base on '{self.base.device}', or Ray gives it none", 0, fix)
         if self.offline.updates and not self.offline.source:
             raise bad("offline.updates", "offline.source to go with it", f"{self.offline.updates} and no source")
         if self.offline.source and self.algorithm == "sac":

@@ -349,9 +349,9 @@ def test_parcels_are_not_held_to_a_strangers_limits():
 
 @pytest.fixture(scope="module")
 def local_ray():
-    """A Ray of two processors and a small store, on this machine."""
+    """A Ray of two processors, a GPU that is none, and a small store, on this machine."""
     ray = pytest.importorskip("ray")
-    ray.init(num_cpus=2, object_store_memory=80 * 1024**2, include_dashboard=False, log_to_driver=False)
+    ray.init(num_cpus=2, num_gpus=1, object_store_memory=80 * 1024**2, include_dashboard=False, log_to_driver=False)
     yield ray
     ray.shutdown()
 
@@ -366,6 +366,19 @@ def test_rays_workers_do_what_processes_do_also_when_one_is_killed(
     assert "rollout worker 0 died" in caplog.text and "restart 1 of 3" in caplog.text
     assert same(tmp_path / "run", straight[1])
     assert signal.getsignal(signal.SIGTERM) == handler
+
+
+def test_rays_workers_ask_for_their_share_of_a_gpu(local_ray, fork_folder, tmp_path, monkeypatch):
+    free, step = [], Crew.step
+
+    def look(self, warm_up):
+        step(self, warm_up)
+        free.append(local_ray.available_resources().get("GPU", 0))
+
+    monkeypatch.setattr(Crew, "step", look)
+    recipe = recipe_of(fork_folder, "ray", rollout={"workers": 2, "gpus": 0.25})
+    train(recipe, tmp_path / "run", evaluate_after=False)
+    assert 0.5 in free
 
 
 def test_rays_errors_are_the_runs_too(local_ray, fork_folder, tmp_path):
@@ -412,10 +425,14 @@ def test_what_a_recipe_may_not_ask_for(fork_folder):
     for rollout, words in (
         ({"workers": 0}, "rollout.workers: expected 1 or more, got 0"),
         ({"backend": "inline", "workers": 2}, "rollout.workers: expected 1 with rollout.backend inline, got 2"),
+        ({"gpus": -1.0}, "rollout.gpus: expected 0 or more, got -1"),
         ({"ahead": -1}, "rollout.ahead: expected 0 or more, got -1"),
         ({"backend": "thread"}, "rollout.backend: expected inline or process or ray, got 'thread'"),
     ):
         with pytest.raises(DsrlError, match=words):
             recipe_of(fork_folder, rollout=rollout)
+    on_a_gpu = tree(fork_folder, "ray") | {"base": {"device": "cuda:0"}}
+    with pytest.raises(DsrlError, match="rollout.gpus: expected above 0 for a base on 'cuda:0'"):
+        load_recipe("drawer-open", on_a_gpu)
     with pytest.raises(DsrlError, match="algorithm: expected sac or na with workers.*, got na-exact"):
         recipe_of(fork_folder, algorithm="na-exact")

@@ -26,12 +26,14 @@ class RolloutConfig:
     worker does what inline does, bit for bit. Inline knows no other."""
     max_restarts: int = 3
     """Workers that may die, in a whole run; each is replaced, and its episodes are brought back."""
+    gpus: float = 0.0
+    """Of Ray's, for each worker: 0.25 lets four share one. A base on the CPU, or a remote one, needs none."""
 
     def __post_init__(self) -> None:
         if self.workers < 1:
             raise bad("rollout.workers", "1 or more", self.workers)
         if self.workers > 1 and self.backend == "inline":
             raise bad("rollout.workers", "1 with rollout.backend inline", self.workers, "Choose process or ray.")
-        for name in ("ahead", "max_restarts"):
+        for name in ("ahead", "max_restarts", "gpus"):
             if getattr(self, name) < 0:
                 raise bad(f"rollout.{name}", "0 or more", getattr(self, name))

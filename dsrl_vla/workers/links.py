@@ -106,7 +106,9 @@ class RayLink:
         processors = self.ray.cluster_resources().get("CPU", 0)
         if number == processors:
             log.warning("Ray has %d processors for %d workers: the run waits until it has more.", number, spec.workers)
-        self.actor = self.ray.remote(RolloutWorker).options(num_cpus=1, max_restarts=0).remote()
+        if spec.gpus * spec.workers > (gpus := self.ray.cluster_resources().get("GPU", 0)) and number == 0:
+            log.warning("Ray has %g GPUs for %d workers of %g: the run waits.", gpus, spec.workers, spec.gpus)
+        self.actor = self.ray.remote(RolloutWorker).options(num_cpus=1, num_gpus=spec.gpus, max_restarts=0).remote()
         self.begun = self.actor.begin.remote(spec, number, past)
         self.pending: deque[Any] = deque()
 

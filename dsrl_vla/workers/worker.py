@@ -36,6 +36,7 @@ class WorkerSpec:
     workers: int
     threads: int
     max_faults: int
+    gpus: float = 0.0
 
 
 class _Noted(Faults):

@@ -46,6 +46,19 @@ log = logging.getLogger(__name__)
 _OFFLINE_EVERY = 1000  # updates
 
 
+def _new_head(recipe: Recipe, base: FrozenPolicy) -> SteeringHead:
+    section = recipe.head
+    config = HeadConfig.for_base(
+        base.spec,
+        recipe.noise.over(base.spec.noise),
+        section.network,
+        cameras=section.cameras,
+        image_size=section.image_size,
+        fingerprint=base.fingerprint(),
+    )
+    return SteeringHead(config)
+
+
 class Trainer:
     """Owns everything that changes during a run."""
 
@@ -61,16 +74,8 @@ class Trainer:
         self.recipe, self.base, self.held_out, self.out = recipe, base, held_out, out
         config, sac = recipe.train, recipe.sac
         torch.manual_seed(config.seed)
-        layout = recipe.noise.over(base.spec.noise)
-        head_config = HeadConfig.for_base(
-            base.spec,
-            layout,
-            recipe.head.network,
-            cameras=recipe.head.cameras,
-            image_size=recipe.head.image_size,
-            fingerprint=base.fingerprint(),
-        )
-        self.head = SteeringHead(head_config)
+        self.head = _new_head(recipe, base)
+        layout = self.head.layout
         searched = self._warm_start() if config.warm_start == "ticket" else 0
         each = [sac.value_bounds(info.reward_range, base.spec.executed_steps) for info in task.infos]
         bounds = min(low for low, _ in each), max(high for _, high in each)

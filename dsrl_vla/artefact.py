@@ -16,6 +16,7 @@ from torch import nn
 from .errors import DsrlError, bad
 from .head_config import CONFIG, WEIGHTS, HeadConfig
 from .manifest import MANIFEST, check_manifest
+from .plain import read_object
 
 CARD, EVAL, RECIPE, CURVES, VIDEO = "README.md", "eval.json", "recipe.yaml", "curves.png", "rollouts.mp4"
 _MIB = 1024**2
@@ -31,7 +32,8 @@ LARGEST = {
 }
 """Every file an artefact may hold, and its greatest size in bytes."""
 HEAD_FILES = (WEIGHTS, CONFIG, MANIFEST)
-LISTED = tuple(name for name in LARGEST if name != MANIFEST)
+LISTED = tuple(name for name in LARGEST if name not in (MANIFEST, CARD))
+"""What a manifest describes; not the card, which people edit on the Hub."""
 
 Head = TypeVar("Head", bound=nn.Module)
 
@@ -55,7 +57,17 @@ def check_folder(folder: Path, source: str) -> None:
         if (folder / name).is_file():
             check_size(name, (folder / name).stat().st_size, source)
     if (folder / MANIFEST).exists():
-        check_manifest(folder, LISTED, (WEIGHTS, CONFIG))
+        check_manifest(folder, LISTED, (WEIGHTS, CONFIG), ignored=(CARD,))
+
+
+def held(folder: Path) -> list[str]:
+    """The files of an artefact in a folder that `check_folder` has passed. What its manifest, if it has one, does not
+    know is not of it: an evaluation that an earlier head left there, say."""
+    here = [name for name in LARGEST if (folder / name).is_file()]
+    if MANIFEST not in here:
+        return here
+    known = {MANIFEST, CARD, *read_object(folder / MANIFEST)["files"]}
+    return [name for name in here if name in known]
 
 
 def read_config(folder: Path, source: str) -> HeadConfig:

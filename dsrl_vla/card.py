@@ -29,6 +29,9 @@ def head_card(config: HeadConfig, folder: Path) -> str:
         revision=f" at `{config.revision}`" if config.revision else "",
         version=config.dsrl_vla_version,
         task=f"`{result['task']}`" if result else "(not recorded)",
+        scope="It was trained and measured on the task above, with this base, and means nothing elsewhere."
+        if result
+        else "What it was trained on is not recorded; it means nothing on another task or base.",
         results=_results(result, folder) if result else "It was pushed without an evaluation.\n",
         base_arguments=_base_arguments(result["base_uri"] if result else _uri(config), folder),
         source='"<this repository>"',

@@ -14,7 +14,20 @@ from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .artefact import CARD, CURVES, EVAL, HEAD_FILES, LARGEST, RECIPE, VIDEO, check_folder, check_size, read_config
+from .artefact import (
+    CARD,
+    CURVES,
+    EVAL,
+    HEAD_FILES,
+    LARGEST,
+    LISTED,
+    RECIPE,
+    VIDEO,
+    check_folder,
+    check_size,
+    held,
+    read_config,
+)
 from .errors import DsrlError, bad, unknown
 from .head_config import HeadConfig
 from .manifest import write_manifest
@@ -132,7 +145,7 @@ def write_artefact(head: SteeringHead, folder: Path, run: Path | None = None) ->
             if run is not None and (run / name).is_file():
                 shutil.copyfile(run / name, folder / name)
         (folder / CARD).write_text(head_card(head.config, folder))
-        write_manifest(folder, [name for name in LARGEST if name not in HEAD_FILES[2:] and (folder / name).is_file()])
+        write_manifest(folder, [name for name in LISTED if (folder / name).is_file()])
     check_folder(folder, str(folder))
 
 
@@ -170,6 +183,7 @@ def push(
                 create_pr=create_pr,
                 commit_message=commit_message,
                 allow_patterns=list(LARGEST),
+                delete_patterns=list(LARGEST),  # of an earlier head: its evaluation is not this one's
             )
         except Exception as error:
             words = " ".join(str(error).split())
@@ -213,9 +227,8 @@ def pull(source: str, out: Path, revision: str | None = None, **options: Any) ->
     SteeringHead.from_pretrained(folder)
     with disk_errors(out.parent):
         out.mkdir(parents=True)
-        for name in LARGEST:
-            if (folder / name).is_file():
-                shutil.copyfile(folder / name, out / name)
+        for name in held(folder):
+            shutil.copyfile(folder / name, out / name)
     return out
 
 
@@ -241,7 +254,7 @@ def inspect(source: str, revision: str | None = None, **options: Any) -> dict[st
         "executed steps": config.executed_steps,
         "network": f"{config.network.kind}, {sum(p.numel() for p in head.parameters())} weights",
         "dsrl_vla_version": config.dsrl_vla_version,
-        "files": sorted(name for name in LARGEST if (folder / name).is_file()),
+        "files": sorted(held(folder)),
     }
     if config.fingerprint is not None:
         parts = {
@@ -250,7 +263,7 @@ def inspect(source: str, revision: str | None = None, **options: Any) -> dict[st
             "behaviour": f"{len(config.fingerprint.behaviour)} numbers" if config.fingerprint.behaviour else "",
         }
         found["fingerprint"] = {name: value or "unknown" for name, value in parts.items()}
-    if (folder / EVAL).is_file():
+    if EVAL in held(folder):
         result = read_object(folder / EVAL, EVAL)
         found["evaluation"] = {
             k: result.get(k) for k in ("task", "episodes", "seeds", "base", "steered", "difference")

@@ -19,12 +19,15 @@ def write_manifest(folder: Path, names: Iterable[str]) -> None:
     (folder / MANIFEST).write_text(json.dumps({"files": files}, indent=2) + "\n")
 
 
-def check_manifest(folder: Path, known: Collection[str], required: Collection[str]) -> None:
+def check_manifest(
+    folder: Path, known: Collection[str], required: Collection[str], ignored: Collection[str] = ()
+) -> None:
     """Check every file of a folder that its manifest lists.
 
     Args:
         known: the only names a manifest may list; they are plain, so that none leads out of the folder.
         required: names it has to list; other files may be absent.
+        ignored: names that may be listed, as older manifests do, and are not looked at.
 
     Raises:
         DsrlError: no manifest, one that is malformed or lists another name, or a file that is not as listed.
@@ -39,6 +42,7 @@ def check_manifest(folder: Path, known: Collection[str], required: Collection[st
         listed = {str(name): (int(entry["bytes"]), str(entry["sha256"])) for name, entry in files.items()}
     except (KeyError, TypeError, ValueError, RecursionError) as error:
         raise bad(f"{path}", "a mapping of files to bytes and sha256", f"{error}") from error
+    listed = {name: entry for name, entry in listed.items() if name not in ignored}
     for name in listed:
         if name not in known:
             raise bad(f"{path}", f"only {', '.join(sorted(known))}", f"'{name}'"[:120])

@@ -55,6 +55,8 @@ class NoiseEnv(gym.Env):
         if not 0 < gamma <= 1:
             raise bad("gamma", "above 0 and at most 1", gamma)
         base.check_task(task.info)
+        if task.info.live:
+            raise bad("NoiseEnv", "a simulated task", f"'{task.info.uri}', where an operator has a say")
         if isinstance(layout, str):
             layout = NoiseLayout(base.spec.noise, layout)
         if layout.space != base.spec.noise:

@@ -104,6 +104,10 @@ class VectorTask:
             if not config.more:
                 raise
             raise bad("task.more", "tasks with the same observation and action spaces", f"{error}"[:200]) from error
+        except (ConnectionError, EOFError) as error:  # a process that did not come up has said why on its own
+            fix = "Name it <package>:<Name-v0>, so that the process imports what registers it, or set vector: sync."
+            words = f"an environment that a process of its own can make of '{config.uri}'"
+            raise bad("task.vector async", words, f"{type(error).__name__}", fix) from error
         self.infos: list[TaskInfo] = list(self.envs.get_attr("info"))
         self._signals = contextlib.ExitStack()
         if len(measures := sorted({info.measure for info in self.infos})) > 1:

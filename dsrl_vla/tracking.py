@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
-from .errors import missing_extra
+from .errors import first_line, missing_extra
 from .recipe import Recipe
 
+log = logging.getLogger(__name__)
 _TRACKERS = {"tensorboard": "tensorboard", "wandb": "wandb", "trackio": "trackio"}
 
 
@@ -29,13 +31,22 @@ class Tracker:
         self.accelerator.init_trackers(recipe.name)
 
     def log(self, row: dict[str, float], step: int) -> None:
-        """Log a row at an environment step."""
-        if self.accelerator is not None:
+        """Log a row at an environment step. A tracker that fails is done without: ``metrics.jsonl`` has it all."""
+        if self.accelerator is None:
+            return
+        try:
             self.accelerator.log({k: v for k, v in row.items() if isinstance(v, (int, float))}, step=step)
+        except Exception as error:
+            log.warning("the tracker failed, and is done without: %s", first_line(error))
+            self.accelerator = None
 
     def __enter__(self) -> Tracker:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self.accelerator is not None:
+        if self.accelerator is None:
+            return
+        try:
             self.accelerator.end_training()
+        except Exception as error:
+            log.warning("the tracker did not end as it should: %s", first_line(error))

@@ -83,6 +83,29 @@ def slide_recipe(folder, **sac):
     )  # fmt: skip
 
 
+class Plain(gym.Env):
+    """As short as an environment can be: it knows nothing of pictures."""
+
+    observation_space = gym.spaces.Box(-1, 1, (2,))
+    action_space = gym.spaces.Box(-1, 1, (1,))
+
+    def reset(self, **_):
+        return np.zeros(2, np.float32), {}
+
+    def step(self, action):
+        return np.zeros(2, np.float32), 0.0, False, False, {}
+
+
+def test_an_environment_without_pictures_is_a_task_with_black_ones(monkeypatch):
+    gym.register("Plain-v0", Plain)
+    task = make_task("gymnasium:Plain-v0", max_episode_steps=5)
+    task.reset(seed=0)
+    assert task.frame(32).shape == (32, 32, 3) and not task.frame(32).any()
+    with pytest.raises(DsrlError, match="task.vector async: expected an environment that a process of its own can"):
+        VectorTask(TaskConfig("gymnasium:Plain-v0", 5, 2, "async"), 2)
+    gym.registry.pop("Plain-v0")
+
+
 def test_an_episode_is_a_function_of_its_seed():
     task = make_task("gymnasium:Hopper-v5")
     assert task.info.max_episode_steps == 1000 and (task.info.state_dim, task.info.action_dim) == (11, 3)

@@ -49,9 +49,9 @@ class StandInHub(ThreadingHTTPServer):
     def url(self):
         return f"http://127.0.0.1:{self.server_address[1]}"
 
-    def commit(self, repo, files, branch="main"):
+    def commit(self, repo, files, branch="main", gone=()):
         parent = self.commits.get(self.refs.get((repo, branch)), {})
-        merged = parent | files
+        merged = {name: content for name, content in parent.items() if name not in gone} | files
         sha = hashlib.sha1(repr((len(self.commits), sorted(merged))).encode()).hexdigest()
         self.commits[sha], self.refs[repo, branch] = merged, sha
         return sha
@@ -133,7 +133,8 @@ class Handler(BaseHTTPRequestHandler):
         assert kind == "commit"
         lines = [json.loads(line) for line in body.splitlines()]
         added = {x["value"]["path"]: base64.b64decode(x["value"]["content"]) for x in lines if x["key"] == "file"}
-        sha = self.server.commit(repo, added, rest)
+        gone = [x["value"]["path"] for x in lines if x["key"] == "deletedFile"]
+        sha = self.server.commit(repo, added, rest, gone)
         return self.answer({"commitUrl": f"{self.server.url}/{repo}/commit/{sha}", "commitOid": sha, "success": True})
 
 
@@ -292,6 +293,29 @@ def test_push_inspect_and_pull_on_the_command_line(hub, head, run, tmp_path, cap
     assert same(SteeringHead.from_pretrained(tmp_path / "folder"), head)
 
 
+def test_another_heads_evaluation_does_not_stay_beside_a_head(hub, head, run, tmp_path):
+    push(head, REPO, run=run, token="t", endpoint=hub.url)
+    push(head, REPO, token="t", endpoint=hub.url)
+    assert set(hub.files(REPO, "main")[1]) == {"head.safetensors", "head_config.json", "manifest.json", "README.md"}
+    write_artefact(head, tmp_path / "bare")
+    (tmp_path / "bare" / "eval.json").write_text((run / "eval.json").read_text())  # as an older version left it
+    assert "evaluation" not in inspect(str(tmp_path / "bare"))
+    assert not (pull(str(tmp_path / "bare"), tmp_path / "mine") / "eval.json").exists()
+
+
+def test_a_card_that_was_edited_on_the_hub_is_no_damage(head, run, tmp_path):
+    folder = tmp_path / "head"
+    write_artefact(head, folder, run)
+    tree = json.loads((folder / "manifest.json").read_text())
+    assert "README.md" not in tree["files"]
+    tree["files"]["README.md"] = {"bytes": 1, "sha256": "0"}  # as older versions wrote it
+    (folder / "manifest.json").write_text(json.dumps(tree))
+    with (folder / "README.md").open("a") as card:
+        card.write("\nA licence.\n")
+    assert same(SteeringHead.from_pretrained(folder), head)
+    assert "A licence." in (pull(str(folder), tmp_path / "mine") / "README.md").read_text()
+
+
 def test_an_unfinished_run_is_not_pushed(head, run, tmp_path):
     (run / "eval.json").unlink()
     with pytest.raises(DsrlError, match="expected a finished run, with an eval.json"):
@@ -428,9 +452,9 @@ def manifest_with(folder, **changed):
 )
 def test_a_manifest_leads_nowhere_else(folder, name, tmp_path):
     manifest_with(folder, **{name: {"bytes": 1, "sha256": "0"}})
-    with pytest.raises(DsrlError, match="manifest.json: expected only README.md, "):
+    with pytest.raises(DsrlError, match="manifest.json: expected only curves.png, "):
         SteeringHead.from_pretrained(folder)
-    with pytest.raises(DsrlError, match=r"manifest.json: expected only README.md, "):
+    with pytest.raises(DsrlError, match=r"manifest.json: expected only curves.png, "):
         pull(str(folder), tmp_path / "out")
     assert not (tmp_path / "out").exists()
 

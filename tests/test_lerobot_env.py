@@ -44,6 +44,19 @@ def test_an_episode_is_a_function_of_its_seed(task):
     assert np.array_equal(first, play(5)) and not np.array_equal(first, other)
 
 
+def test_liberos_initial_states_go_by_the_seed(task, monkeypatch):
+    """Its environment takes them in turn, whatever seed it is given: paired episodes would begin otherwise."""
+    inner = task.env.unwrapped
+    begun = []
+    monkeypatch.setattr(inner, "init_state_id", 0, raising=False)
+    reset = task.env.reset
+    monkeypatch.setattr(task.env, "reset", lambda **more: begun.append(inner.init_state_id) or reset(**more))
+    for seed in (7, 8, 7):
+        task.begin(seed)
+        inner.init_state_id += 1  # as LIBERO's reset does
+    assert begun == [7, 8, 7]
+
+
 def test_a_chunk_stops_at_the_limit_and_frames_are_for_people(task):
     env = ChunkEnv(task, 15)
     env.reset(seed=0)

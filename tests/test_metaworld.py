@@ -1,3 +1,4 @@
+import gc
 import subprocess
 import sys
 
@@ -88,6 +89,23 @@ def test_the_embedded_base_runs_on_it(nano):
         nano.check_task(task.info)
         episodes = run_episodes(nano, task, PriorNoise(nano.spec.noise), range(6))
     assert all(e.success or e.steps == 120 for e in episodes)
+
+
+def test_a_picture_does_not_depend_on_who_was_drawn_before():
+    """These two tasks' models have the same meshes and textures, and put them on otherwise."""
+    draw = lambda env: (env.begin(3), env.observe()["observation.images.behindGripper"])[1]
+    alone = make_task("metaworld:button-press-wall-v3", max_episode_steps=50)
+    wanted = draw(alone)
+    alone.close()
+    del alone
+    gc.collect()
+    first, second = (
+        make_task(f"metaworld:button-press-{t}-v3", max_episode_steps=50) for t in ("topdown-wall", "wall")
+    )
+    draw(first)
+    assert np.array_equal(draw(second), wanted)
+    first.close()
+    second.close()
 
 
 def test_environments_share_a_canvas_and_pictures_are_mujocos_own():

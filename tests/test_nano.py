@@ -82,7 +82,7 @@ def test_pretrain_leaves_a_base_that_loads(tmp_path):
         ("model: {layers: 0}", "model.layers: expected 1 or more, got 0"),
         ("model: {image_size: 65}", "model.image_size: expected a multiple of model.patch_size=16, got 65"),
         ("episodes: 0", "recipe.episodes: expected 1 or more, got 0"),
-        ("demos: [", "expected YAML, got while parsing"),
+        ("demos: [", "expected YAML in UTF-8, got while parsing"),
     ],
 )
 def test_a_bad_pretraining_recipe_is_refused_in_words(tmp_path, capsys, text, words):

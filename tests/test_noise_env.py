@@ -1,3 +1,5 @@
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -54,6 +56,14 @@ def test_what_does_not_fit_is_refused(fork_base):
         NoiseEnv(fork_base, task, NoiseLayout(fork_base.spec.noise, "repeat", 1.5), gamma=0.0)
     with pytest.raises(DsrlError, match="layout: expected one over the base's noise space"):
         NoiseEnv(fork_base, task, NoiseLayout(NoiseSpace(3, 2), "repeat", 1.5))
+
+
+def test_a_robot_is_no_environment_of_noise(fork_base, monkeypatch):
+    """Nobody would heed its operator."""
+    task = make_task("point:fork")
+    task.info = dataclasses.replace(task.info, live=True)
+    with pytest.raises(DsrlError, match="NoiseEnv: expected a simulated task, got 'point:fork', where an operator"):
+        NoiseEnv(fork_base, task)
 
 
 def test_another_library_steers_it(env):

@@ -218,6 +218,18 @@ def test_a_tracker_gets_the_curve(fork_folder, tmp_path):
     assert {"success", "q", "validation_success"} <= set(found.Tags()["scalars"])
 
 
+def test_a_tracker_that_fails_is_done_without(fork_folder, tmp_path, monkeypatch, caplog):
+    from accelerate import Accelerator
+
+    def full(*_, **__):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(Accelerator, "log", full)
+    recipe = load_recipe("drawer-open", short(fork_folder, env_steps=600, tracker="tensorboard"))
+    assert not train(recipe, tmp_path / "run", evaluate_after=False).interrupted
+    assert caplog.text.count("the tracker failed, and is done without: No space left on device") == 1
+
+
 def test_a_tracker_that_is_not_installed_names_the_command(fork_folder, tmp_path, monkeypatch):
     import importlib.util
 

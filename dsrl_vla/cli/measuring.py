@@ -117,8 +117,9 @@ def run_eval(argv: list[str]) -> int:
     from tqdm import tqdm
 
     from ..evaluation import RUN_FACTS, evaluate, evaluation_episodes
+    from ..plots import draw_curves
     from ..rollout import VectorTask
-    from ..run_dir import make_folder, write_json
+    from ..run_dir import Metrics, make_folder, write_json
     from ..tables import print_evaluation
     from ..training import load_run
 
@@ -140,6 +141,8 @@ def run_eval(argv: list[str]) -> int:
     result |= {key: kept[key] for key in facts if key in kept}
     result |= {"base_sha256_before": before, "base_sha256_after": base.sha256()}
     write_json(target, result)
+    if target == args.run / "eval.json":  # the curve's picture shows it beside the bars
+        draw_curves(args.run / "curves.png", Metrics(args.run / "metrics.jsonl").rows(), result)
     print_evaluation(result)
     print(f"written: {target}")
     return 0

@@ -37,7 +37,7 @@ def make(name: str, *, max_episode_steps: int | None = None, uri: str = "") -> G
     try:
         # Gymnasium prints a warning for every environment older than the newest.
         with contextlib.redirect_stderr(io.StringIO()):
-            env = gym.make(name, max_episode_steps=-1, render_mode="rgb_array")
+            env = _made(name)
     except gym.error.DependencyNotInstalled as error:
         if "mujoco" not in str(error).lower():
             raise bad(f"task 'gymnasium:{name}'", "its simulator to be installed", f"{error}") from error
@@ -46,6 +46,16 @@ def make(name: str, *, max_episode_steps: int | None = None, uri: str = "") -> G
         raise unknown("Gymnasium environment", name, gym.registry) from error
     limit = max_episode_steps or gym.spec(name).max_episode_steps or _LIMIT
     return GymnasiumTask(env, limit, uri or f"gymnasium:{name}")
+
+
+def _made(name: str) -> gym.Env:
+    """With pictures where the environment has any."""
+    try:
+        return gym.make(name, max_episode_steps=-1, render_mode="rgb_array")
+    except TypeError as error:
+        if "render_mode" not in str(error) and "no arguments" not in str(error):
+            raise
+        return gym.make(name, max_episode_steps=-1)
 
 
 class GymnasiumTask(TaskEnv):
@@ -77,6 +87,8 @@ class GymnasiumTask(TaskEnv):
     def frame(self, size: int = 256) -> np.ndarray:
         from PIL import Image
 
+        if self.env.render_mode is None or "rgb_array" not in self.env.metadata.get("render_modes", ()):
+            return np.zeros((size, size, 3), dtype=np.uint8)
         picture: Any = self.env.render()
         return np.asarray(Image.fromarray(picture).resize((size, size)))
 

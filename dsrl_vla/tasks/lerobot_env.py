@@ -122,6 +122,9 @@ class LeRobotTask(TaskEnv):
         self.action_space = gym.spaces.Box(space.low.astype(np.float32), space.high.astype(np.float32))
 
     def begin(self, seed: int) -> None:
+        inner = getattr(self.env, "unwrapped", self.env)
+        if hasattr(inner, "init_state_id"):  # LIBERO's initial states take turns, whatever the seed
+            inner.init_state_id = seed
         self._raw, _ = self.env.reset(seed=seed)
 
     def advance(self, action: np.ndarray) -> tuple[float, bool, bool]:

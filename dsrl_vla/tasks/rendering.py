@@ -53,7 +53,7 @@ class Canvas:
         Raises:
             DsrlError: no working off-screen renderer.
         """
-        key = _assets(model, size)
+        key = _assets(mujoco, model, size)
         canvas = cls._open.get(key)
         if canvas is None:
             canvas = cls._open[key] = cls(mujoco, model, size)
@@ -82,11 +82,21 @@ class Canvas:
         return self.renderer.render()
 
 
-def _assets(model: Any, size: int) -> bytes:
+_UPLOADED = (
+    *("mesh_vert", "mesh_normal", "mesh_face", "mesh_texcoord", "mesh_vertadr", "mesh_faceadr", "mesh_texcoordadr"),
+    *("tex_data", "tex_type", "tex_height", "tex_width", "tex_adr", "mat_texid", "mat_texrepeat", "mat_texuniform"),
+    *("hfield_data", "hfield_size", "skin_vert"),
+)
+"""What MuJoCo's rendering context takes over from a model, once."""
+
+
+def _assets(mujoco: Any, model: Any, size: int) -> bytes:
     """What a canvas depends on, as a digest."""
     digest = hashlib.sha1(f"{size} {model.vis.quality} {model.nmesh} {model.ntex}".encode(), usedforsecurity=False)
-    for name in ("mesh_vert", "mesh_normal", "mesh_face", "mesh_texcoord", "tex_data", "hfield_data", "skin_vert"):
+    for name in _UPLOADED:
         digest.update(getattr(model, name).tobytes())
+    planes = model.geom_type == mujoco.mjtGeom.mjGEOM_PLANE
+    digest.update(model.geom_size[planes].tobytes() + model.geom_matid[planes].tobytes())
     return digest.digest()
 
 

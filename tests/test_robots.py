@@ -444,7 +444,7 @@ def test_one_robot_is_one_environment(tmp_path, more):
     from dsrl_vla.robots import connect
     from dsrl_vla.rollout import TaskConfig, VectorTask
 
-    path = write_file(tmp_path, [(99, 0, "cut")])
+    path = write_file(tmp_path, [(99, 0, "cut")], teleop={})  # another process need not find this module's
     with pytest.raises(DsrlError, match="num_envs 1 and vector sync, for there is one robot"):
         VectorTask(TaskConfig(f"robot:{path}", 12, **more), 4)
     assert not connect._open

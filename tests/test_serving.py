@@ -390,6 +390,14 @@ def test_one_robots_broken_sensor_switches_the_head_off_for_that_robot_alone(tin
         assert again.ask(seen)["dsrl/source"] == "head"
 
 
+def test_a_service_whose_policy_is_disabled_serves_the_base(fork_base, observation):
+    service = Service(fork_base, make_head(fork_base))
+    request, session = Infer(batch([observation(fork_base)]), None, 3), service.session(1)
+    assert service.run(request, session)["dsrl/source"] == "head"
+    with service.policy.disabled():
+        assert service.run(request, session)["dsrl/source"] == "prior"
+
+
 def test_noise_that_spoils_one_clients_actions_costs_the_others_nothing(fork_base, observation):
     """Neither a second run of the base, nor a second entry in the book of fallbacks."""
     base = Spoilt(fork_base.model)

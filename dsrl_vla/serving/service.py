@@ -189,7 +189,7 @@ class Service:
     def _noise(self, request: Infer, session: Session, encoding: Encoding) -> _Noise:
         if request.noise is not None:
             return _Noise(request.noise, "request")
-        if session.guard is None or not request.steer:
+        if self.policy is None or session.guard is None or not (request.steer and self.policy.enabled):
             return _Noise(self._prior(request), "prior")
         deterministic = self.deterministic and request.deterministic and request.samples == 1
         drawn = [

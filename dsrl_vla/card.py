@@ -33,7 +33,7 @@ def head_card(config: HeadConfig, folder: Path) -> str:
         if result
         else "What it was trained on is not recorded; it means nothing on another task or base.",
         results=_results(result, folder) if result else "It was pushed without an evaluation.\n",
-        base_arguments=_base_arguments(result["base_uri"] if result else _uri(config), folder),
+        base_arguments=_base_arguments(result["base_uri"] if result else config.base_uri, folder),
         source='"<this repository>"',
         executed=config.executed_steps,
         actions=config.action_dim or "A",
@@ -50,14 +50,6 @@ def head_card(config: HeadConfig, folder: Path) -> str:
         footnote=f"\nThe whole recipe is in `{RECIPE}`." if (folder / RECIPE).is_file() else "",
     )
     return f"---\n{_metadata(config, result).to_yaml()}\n---\n{body}"
-
-
-def _uri(config: HeadConfig) -> str:
-    """How to load the base, as far as the config tells."""
-    name = config.base_model_name_or_path
-    if ":" in name:
-        return name
-    return f"{config.adapter}:{name}" + (f"@{config.revision}" if config.revision else "")
 
 
 def _base_arguments(uri: str, folder: Path) -> str:

@@ -242,7 +242,7 @@ def inspect(source: str, revision: str | None = None, **options: Any) -> dict[st
 
     folder = fetch(source, revision, files=tuple(LARGEST), **options)
     head = SteeringHead.from_pretrained(folder)
-    config = read_config(folder, source)
+    config, files = read_config(folder, source), held(folder)
     found: dict[str, Any] = {
         "base": config.base_model_name_or_path,
         "revision": config.revision,
@@ -254,7 +254,7 @@ def inspect(source: str, revision: str | None = None, **options: Any) -> dict[st
         "executed steps": config.executed_steps,
         "network": f"{config.network.kind}, {sum(p.numel() for p in head.parameters())} weights",
         "dsrl_vla_version": config.dsrl_vla_version,
-        "files": sorted(held(folder)),
+        "files": sorted(files),
     }
     if config.fingerprint is not None:
         parts = {
@@ -263,7 +263,7 @@ def inspect(source: str, revision: str | None = None, **options: Any) -> dict[st
             "behaviour": f"{len(config.fingerprint.behaviour)} numbers" if config.fingerprint.behaviour else "",
         }
         found["fingerprint"] = {name: value or "unknown" for name, value in parts.items()}
-    if EVAL in held(folder):
+    if EVAL in files:
         result = read_object(folder / EVAL, EVAL)
         found["evaluation"] = {
             k: result.get(k) for k in ("task", "episodes", "seeds", "base", "steered", "difference")

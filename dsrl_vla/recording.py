@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
@@ -29,26 +30,12 @@ def record(
     that a step belongs to.
     """
     for uri in config.uris:
-        yield from _record_task(base, uri, config.max_episode_steps, source, seeds, on_episode)
-
-
-def _record_task(
-    base: FrozenPolicy,
-    uri: str,
-    max_episode_steps: int,
-    source: NoiseSource,
-    seeds: Sequence[int],
-    on_episode: Callable[[OfflineEpisode], None],
-) -> Iterator[OfflineEpisode]:
-    env = make_task(uri, max_episode_steps=max_episode_steps)
-    try:
-        if env.info.live:
-            fix = "What a robot does while it is trained on is in the run's journal: dsrl-vla export."
-            raise bad("record", "a simulated task", f"'{uri}', where an operator has a say", fix)
-        base.check_task(env.info)
-        yield from _episodes(base, env, source, seeds, on_episode)
-    finally:
-        env.close()
+        with contextlib.closing(make_task(uri, max_episode_steps=config.max_episode_steps)) as env:
+            if env.info.live:
+                fix = "What a robot does while it is trained on is in the run's journal: dsrl-vla export."
+                raise bad("record", "a simulated task", f"'{uri}', where an operator has a say", fix)
+            base.check_task(env.info)
+            yield from _episodes(base, env, source, seeds, on_episode)
 
 
 def _episodes(

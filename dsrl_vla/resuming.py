@@ -65,7 +65,6 @@ def resume(trainer: Trainer) -> None:
         trainer.watch.see(row)
     if done_since:
         trainer.catch_up()
-        every, now = trainer.recipe.train.validate_every, trainer.collector.env_steps
-        due = trainer.done or now // every > before // every
+        due = trainer.due(trainer.recipe.train.validate_every, before)
         played = any(f"validation_{trainer.measured}" in row and row["env_steps"] > before for row in rows)
         trainer.owed |= due and not played and trainer.learner.updates > 0

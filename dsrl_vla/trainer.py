@@ -113,9 +113,8 @@ class Trainer:
         """Let the head start at the best constant noise; return the environment steps that finding it took."""
         ticket, budget = self.ticket(), self.recipe.train.env_steps
         if ticket.env_steps >= budget:
-            raise bad(
-                "train.env_steps", f"more than the {ticket.env_steps} that train.warm_start's search took", budget
-            )
+            least = f"more than the {ticket.env_steps} that train.warm_start's search took"
+            raise bad("train.env_steps", least, budget)
         self.head.start_at(torch.tensor(ticket.latent))
         return ticket.env_steps
 
@@ -137,9 +136,10 @@ class Trainer:
         )
         with Tracker(self.recipe, self.out) as tracker, self.updates.team, stop_requests(collector.live) as asked, bar:
             try:
-                self._learn_offline(tracker, asked)
+                self._learn_offline(asked)
                 if self.owed and not asked.is_set():
                     tracker.log(self.report(self.validate()), collector.env_steps)
+                    self.checkpoint()
                 while not self.done and not asked.is_set():
                     before, updates, start = collector.env_steps, self.learner.updates, time.perf_counter()
                     self._decide()
@@ -193,32 +193,33 @@ class Trainer:
             loader.fill(replay, read_episodes(config), bar.update)
         return replay
 
-    def _learn_offline(self, tracker: Tracker, asked: threading.Event) -> None:
-        """The updates that come before the first environment step, and a validation after them."""
-        total = self.recipe.offline.updates
-        start = self.learner.updates
+    def _learn_offline(self, asked: threading.Event) -> None:
+        """The updates that come before the first environment step, after which a validation is owed."""
+        total, start = self.recipe.offline.updates, self.learner.updates
         if not isinstance(self.data, MixedReplay) or start >= total:
             return
         with tqdm(total=total, initial=start, unit="update", desc="offline", disable=None) as bar:
             for count in range(start + 1, total + 1):
+                self.owed = count == total
                 self.updates.until(count)
                 bar.update()
-                if asked.is_set() and count < total:
+                if asked.is_set():
                     return
                 if count % _OFFLINE_EVERY == 0 and count < total:
                     self.checkpoint()
-        tracker.log(self.report(self.validate()), self.collector.env_steps)
-        self.checkpoint()
 
     def _after(self, before: int, tracker: Tracker) -> None:
         """Reports, validation and checkpoints that fell due since `before` environment steps."""
         config, steps = self.recipe.train, self.collector.env_steps
-        due = lambda every: self.done or steps // every > before // every
-        found = self.validate() if self.learner.updates and due(config.validate_every) else {}
-        if found or due(1000):
+        found = self.validate() if self.learner.updates and self.due(config.validate_every, before) else {}
+        if found or self.due(1000, before):
             tracker.log(self.report(found), steps)
-        if due(config.checkpoint_every):
+        if self.due(config.checkpoint_every, before):
             self.checkpoint()
+
+    def due(self, every: int, before: int) -> bool:
+        """Whether what is done every so many environment steps fell due since `before` of them."""
+        return self.done or self.collector.env_steps // every > before // every
 
     @property
     def done(self) -> bool:

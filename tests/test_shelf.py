@@ -59,8 +59,9 @@ def test_preflight_then_a_recipe_then_training(fork_recipe, tmp_path, capsys):
 def test_what_is_no_preflight_is_refused(tmp_path):
     with pytest.raises(DsrlError, match="expected the preflight.json that `dsrl-vla preflight` wrote, got no such"):
         first_recipe(tmp_path / "preflight.json", "x")
-    for text in ("{", "{}", "[]", '{"recipe": {}}', yaml.safe_dump({"recipe": {}})):
+    no_json, other = "got no JSON: ", "expected a preflight.json of this version"
+    texts = {"{": no_json, "{}": other, "[]": other, '{"recipe": {}}': other, yaml.safe_dump({"recipe": {}}): no_json}
+    for text, words in texts.items():
         (tmp_path / "preflight.json").write_text(text)
-        words = "got no JSON: " if text[:1] not in ("{", "[") or text == "{" else "expected a preflight.json of this v"
         with pytest.raises(DsrlError, match=words):
             first_recipe(tmp_path / "preflight.json", "x")

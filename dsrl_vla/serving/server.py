@@ -28,7 +28,7 @@ from websockets.exceptions import ConnectionClosed
 from websockets.http11 import Request as HttpRequest
 from websockets.http11 import Response
 
-from ..errors import DsrlError, bad
+from ..errors import DsrlError, at_least, bad
 from . import protocol as p
 from .keys import KeyMap
 from .requests import Feature, Reader, released, speaks_dsrl
@@ -73,9 +73,7 @@ class ServerConfig:
             raise bad("serve", "both a TLS certificate and its key, or neither", "one of them")
         if not 0 <= self.port < 65536:
             raise bad("serve.port", "from 0 to 65535", self.port)
-        for name in ("max_batch", "max_handles", "max_connections"):
-            if getattr(self, name) < 1:
-                raise bad(f"serve.{name}", "1 or more", getattr(self, name))
+        at_least(1, self, "serve", "max_batch", "max_handles", "max_connections")
 
     def ssl_context(self) -> ssl.SSLContext | None:
         """None without a certificate.

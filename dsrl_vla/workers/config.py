@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from ..errors import bad
+from ..errors import at_least, bad
 
 
 @dataclass(frozen=True)
@@ -30,10 +30,7 @@ class RolloutConfig:
     """Of Ray's, for each worker: 0.25 lets four share one. A base on the CPU, or a remote one, needs none."""
 
     def __post_init__(self) -> None:
-        if self.workers < 1:
-            raise bad("rollout.workers", "1 or more", self.workers)
+        at_least(1, self, "rollout", "workers")
         if self.workers > 1 and self.backend == "inline":
             raise bad("rollout.workers", "1 with rollout.backend inline", self.workers, "Choose process or ray.")
-        for name in ("ahead", "max_restarts", "gpus"):
-            if getattr(self, name) < 0:
-                raise bad(f"rollout.{name}", "0 or more", getattr(self, name))
+        at_least(0, self, "rollout", "ahead", "max_restarts", "gpus")

@@ -123,9 +123,14 @@ class VectorTask:
         """Of the first task; what the others share with it: widths and cameras."""
         return self.infos[0]
 
-    def reset(self, seeds: Sequence[int | None]) -> Observations:
-        """Reset the environments whose seed is not None; return the observations of all."""
+    def reset(self, seeds: Sequence[int | None], resting: Sequence[bool] = ()) -> Observations:
+        """Reset the environments whose seed is not None; return the observations of all.
+
+        Those `resting` stay as they are: they execute and render nothing until they are given a seed.
+        """
         mask = np.array([seed is not None for seed in seeds])
+        if resting:  # told by a reset that names no seed
+            mask |= resting
         options = {"reset_mask": mask}
         observations, _ = self.envs.reset(seed=[s if s is None else int(s) for s in seeds], options=options)
         return self._with_prompts(observations)
@@ -238,9 +243,9 @@ def run_episodes(
     queues = {uri: list(seeds) for uri in task.config.uris}
     take = lambda i: queues[task.uris[i]].pop(0) if queues[task.uris[i]] else None
     now = [take(i) for i in range(count)]
-    filler = seeds[0]  # idle environments replay an episode nobody counts
-    streams = episode_generators([filler if s is None else s for s in now], trial)
-    observations = task.reset([filler if s is None else s for s in now])
+    filled = [seeds[0] if seed is None else seed for seed in now]  # the first reset is everybody's
+    streams = episode_generators(filled, trial)
+    observations = task.reset(filled)
     steps, rewards, helped = np.zeros(count, dtype=int), np.zeros(count), np.zeros(count, dtype=bool)
     done: dict[tuple[str, int], Episode] = {}
     total = len(seeds) * len(queues)
@@ -267,9 +272,9 @@ def run_episodes(
                     )
                     on_episode(done[uri, seed])
                 now[i] = take(i)
-            fresh[i] = filler if now[i] is None else now[i]
-            streams[i] = episode_generators([fresh[i]], trial)[0]  # type: ignore[list-item]
+            if (then := now[i]) is not None:
+                fresh[i], streams[i] = then, episode_generators([then], trial)[0]
             steps[i], rewards[i], helped[i] = 0, 0.0, False
         if len(done) < total:
-            observations = task.reset(fresh)
+            observations = task.reset(fresh, resting=[seed is None for seed in now])
     return [done[uri, seed] for uri in queues for seed in seeds]

@@ -12,6 +12,7 @@ from dsrl_vla.replay import Replay
 from dsrl_vla.rollout import TaskConfig, VectorTask, run_episodes
 from dsrl_vla.sources import HeadNoise, LayoutNoise, PriorNoise, ZeroNoise
 from dsrl_vla.tasks import ChunkEnv
+from dsrl_vla.tasks.point import Fork
 
 FORK = TaskConfig("point:fork", max_episode_steps=40, num_envs=4)
 
@@ -54,6 +55,24 @@ def test_every_source_gives_noise_of_the_bases_shape(fork_base, observation):
         assert noise.shape == (3, 1, *space.shape)
         if not (isinstance(source, PriorNoise) and source.clip is None):
             assert noise.abs().max() <= 1.2
+
+
+def test_an_environment_without_a_seed_rests_and_idle_ones_play_nothing(fork_base, monkeypatch):
+    stepped = []
+    advance = Fork.advance
+    monkeypatch.setattr(Fork, "advance", lambda self, action: stepped.append(1) or advance(self, action))
+    with VectorTask(FORK, 4) as task:
+        episodes = run_episodes(fork_base, task, PriorNoise(fork_base.spec.noise), range(9))
+    assert len(stepped) == sum(e.steps for e in episodes)
+
+    env = ChunkEnv(make_task("point:fork", max_episode_steps=8), 4)
+    env.reset(seed=0)
+    last = env.step(np.ones((4, 2), np.float32))[0]["observation.state"]
+    assert env.reset()[0]["observation.state"] is last
+    seen, reward, *over, _, info = env.step(np.ones((4, 2), np.float32))
+    assert seen["observation.state"] is last
+    assert (reward, over, info["steps"]) == (0, [False], 0)
+    assert env.step(np.ones((4, 2), np.float32))[3] is False  # it has not come any nearer to its limit
 
 
 def test_a_chunk_stops_where_the_episode_ends():

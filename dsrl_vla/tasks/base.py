@@ -115,7 +115,8 @@ class ChunkEnv(gym.Env):
 
     ``info`` of a step: ``steps`` (how many of the k were executed), ``rewards`` float64 (k,), zero beyond
     them, and ``success``. The chunk stops early when the episode ends inside it. The step's scalar reward is
-    the plain sum; discounting belongs to the learner, which knows gamma.
+    the plain sum; discounting belongs to the learner, which knows gamma. Reset without a seed, it rests where it is
+    until it is given one: a step executes and renders nothing.
     """
 
     def __init__(self, env: TaskEnv, chunk: int):
@@ -123,6 +124,7 @@ class ChunkEnv(gym.Env):
             raise bad("chunk", "a positive number of steps", chunk)
         self.env, self.chunk, self.info = env, chunk, env.info
         self.repeatable = env.repeatable
+        self._seen: dict[str, np.ndarray] = {}
         self.under_way: tuple[int, Sequence[np.ndarray]] = (0, ())
         """Seed and executed chunks of the episode that `restore` is to bring back."""
         self.observation_space = env.observation_space
@@ -131,11 +133,17 @@ class ChunkEnv(gym.Env):
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None):
         super().reset(seed=seed)
+        self._resting = seed is None
+        if self._resting:
+            return self._seen, {}
         self._steps = 0
-        return self.env.reset(seed=seed, options=options)
+        self._seen, info = self.env.reset(seed=seed, options=options)
+        return self._seen, info
 
     def step(self, action: np.ndarray):
         rewards = np.zeros(self.chunk)
+        if self._resting:
+            return self._seen, 0.0, False, False, {"success": False, "steps": 0, "rewards": rewards}
         steps, success, terminated = 0, False, False
         over = False
         for row in action:
@@ -145,9 +153,9 @@ class ChunkEnv(gym.Env):
             over = self.env.cut_short or self._steps >= self.info.max_episode_steps
             if terminated or over:
                 break
-        truncated = over and not terminated
+        self._seen = self.env.observe()
         info = {"success": bool(success), "steps": steps, "rewards": rewards}
-        return self.env.observe(), float(rewards.sum()), terminated, truncated, info
+        return self._seen, float(rewards.sum()), terminated, over and not terminated, info
 
     def restore(self) -> dict[str, np.ndarray]:
         """Execute the episode in `under_way` again; return what is then observed."""

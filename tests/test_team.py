@@ -22,6 +22,20 @@ if __name__ == "__main__":
     run.head.save_pretrained(sys.argv[2] + ("-leader" if run.leads else "-follower"))
 """
 
+FAILING = """
+import os
+from dsrl_vla.latent_sac import LatentSAC
+
+update = LatentSAC.update
+
+def failing(self, batch):
+    if os.environ["RANK"] == "0" and self.updates == 7:
+        raise ValueError("a fault inside an update")
+    return update(self, batch)
+
+LatentSAC.update = failing
+"""
+
 
 def launch(*arguments, processes=2):
     """Run by accelerate's launcher: `--multi_gpu` makes it start several processes, which find no GPU to use."""
@@ -88,6 +102,15 @@ def test_the_command_line_is_launched_too_and_ends_well(written, tmp_path):
     assert json.loads((tmp_path / "run" / "eval.json").read_text())["updates"] > 0
     done = launch("-m", "dsrl_vla.cli", "train", path, "--out", tmp_path / "odd", "--sac.batch", "63")
     assert done.returncode != 0 and "sac.batch: expected a multiple of the 2 processes, got 63" in done.stderr
+
+
+def test_a_leader_that_fails_inside_an_update_takes_the_others_with_it(written, tmp_path):
+    """The others wait for its gradients, and would take a word to stop for them."""
+    _, path = written()
+    (tmp_path / "child.py").write_text(FAILING + CHILD)
+    failed = launch(tmp_path / "child.py", path, tmp_path / "run")
+    assert failed.returncode != 0 and "a fault inside an update" in failed.stderr
+    assert not list(tmp_path.glob("run-*")), "nobody went on to the end"
 
 
 def test_rows_are_dealt_what_they_are_dealt_by_one_process():

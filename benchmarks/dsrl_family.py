@@ -238,7 +238,7 @@ def cell(variants: dict[str, Any], column: str) -> str:
         return ""
     words = f"**{sum(each) / len(each):.2f}** ({', '.join(f'{success:.2f}' for success in each)})"
     steps = [run["steps_to_0.9"] for run in variants.get(column, []) if "steps_to_0.9" in run]
-    counts = ", ".join("–" if count is None else f"{count / 1000:.1f}k" for count in steps)
+    counts = ", ".join("–" if count is None else f"{count / 1000:.1f}k" if count else "0" for count in steps)
     return f"{words}<br>{counts}" if counts else words
 
 

@@ -117,6 +117,8 @@ def test_an_adapters_own_options_are_part_of_a_recipe(write):
     recipe = load_recipe(path)
     assert recipe.base.options == {"cameras": {"front": "corner"}}
     assert load_recipe(write(recipe.to_yaml(), "again.yaml")) == recipe
+    named = read_recipe(str(path), ["--base.options.cameras.front-cam=side", "--train.env-steps=9000"])
+    assert named.base.options["cameras"]["front-cam"] == "side" and named.train.env_steps == 9000
     changed = read_recipe(str(path), ["--base.options.cameras.front=side"])
     assert changed.base.options == {"cameras": {"front": "side"}}
     assert differing(changed, recipe) == ["base.options.cameras.front"]

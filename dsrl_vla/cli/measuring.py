@@ -160,13 +160,14 @@ def run_search(argv: list[str]) -> int:
 
     config = SearchConfig(args.candidates, args.episodes, args.seed)
     tasks = len(recipe.task.uris)
+    envs = min(args.episodes * tasks, recipe.task.num_envs)
     out = args.out or Path("runs") / f"{recipe.name}-ticket"
     make_folder(out)
     base = recipe.base.load()
     layout = recipe.noise.over(base.spec.noise)
     with (
         tqdm(total=config.total_episodes * tasks, unit="episode", desc="search", disable=None) as bar,
-        VectorTask(replace(recipe.task, num_envs=args.episodes * tasks), base.spec.executed_steps) as task,
+        VectorTask(replace(recipe.task, num_envs=envs), base.spec.executed_steps) as task,
     ):
         ticket = search_ticket(base, task, layout, config, lambda _: bar.update())
     ticket.save(out / "ticket.json")

@@ -57,7 +57,8 @@ def read_recipe(source: str, rest: list[str]) -> Any:
     tree: dict[str, Any] = {}
     for token in rest:
         option, _, value = token.partition("=")
-        place, parts = tree, option[2:].replace("-", "_").split(".")
+        # section.field.field is ours; what is deeper, such as a camera, is named by the user
+        place, parts = tree, [p.replace("-", "_") if i < 3 else p for i, p in enumerate(option[2:].split("."))]
         for part in parts[:-1]:
             place = place.setdefault(part, {})
             if not isinstance(place, dict):

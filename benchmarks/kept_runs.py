@@ -15,9 +15,10 @@ from typing import Any
 
 from dsrl_vla import seeds as ranges
 from dsrl_vla.cli import main as command
+from dsrl_vla.episodes import Episode
 from dsrl_vla.evaluation import Measure, measure, measure_base, paired_difference
 from dsrl_vla.recipe import Recipe, flat, load_recipe
-from dsrl_vla.rollout import Episode, VectorTask
+from dsrl_vla.rollout import VectorTask
 from dsrl_vla.sources import NoiseSource
 from dsrl_vla.training import RunResult, train
 

@@ -64,7 +64,7 @@ class Collector(AnyCollector):
         self.rows = [self._begin() for _ in range(count)]
         self.windows = NStepWindows(self.sac.n_step, count, self.replay.add)
         self.observations = self.task.reset([row.seed for row in self.rows])
-        self._restart(np.zeros(count, dtype=bool))
+        self._restart(self._unsound())
 
     @property
     def streams(self) -> list[torch.Generator]:
@@ -141,9 +141,14 @@ class Collector(AnyCollector):
                 self.rows[row] = self._begin()
             seeds = [row.seed if new else None for row, new in zip(self.rows, over, strict=True)]
             self.observations = self.task.reset(seeds)
-            over = ~seen_rows(self.observations)
-            for row in np.flatnonzero(over):
-                self.faults.add("reset", f"episode of seed {self.rows[row].seed}: its first observation is not finite")
+            over = self._unsound()
+
+    def _unsound(self) -> np.ndarray:
+        """Which episodes begin with an observation that is not finite; each is a fault."""
+        over = ~seen_rows(self.observations)
+        for row in np.flatnonzero(over):
+            self.faults.add("reset", f"episode of seed {self.rows[row].seed}: its first observation is not finite")
+        return over
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """With `state`, all that is needed to go on with the very next decision."""

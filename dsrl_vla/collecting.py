@@ -85,5 +85,5 @@ class AnyCollector(abc.ABC):
         for name in _COUNTERS:
             setattr(self, name, state[name])
         self.recent.extend(state["recent"])
-        self.faults.counts.update(state["faults"])
+        self.faults.set(state["faults"])  # and not those of the start that is undone
         self.finished.extend(Finished.from_tensors(part(tensors, f"finished.{i}.")) for i in range(state["finished"]))

@@ -9,12 +9,14 @@ from typing import Any
 import numpy as np
 
 from . import seeds as seed_ranges
+from .episodes import Episode, run_episodes
+from .faults import Faults
 from .head import SteeringHead
 from .measures import YARDSTICKS, Yardstick, shown
 from .noise import NoiseLayout
 from .pairing import check_pair
 from .policy import FrozenPolicy
-from .rollout import Episode, TaskConfig, VectorTask, run_episodes
+from .rollout import TaskConfig, VectorTask
 from .sources import HeadNoise, LayoutNoise, NoiseSource, PriorNoise, ZeroNoise
 
 RUN_FACTS = (
@@ -86,9 +88,11 @@ def measure(
     seeds: Sequence[int],
     trial: int = 0,
     on_episode: Callable[[Episode], None] = lambda _: None,
+    faults: Faults | None = None,
 ) -> Measure:
-    """Run one episode per seed and task."""
-    return Measure(tuple(run_episodes(base, task, source, seeds, trial=trial, on_episode=on_episode)))
+    """Run one episode per seed and task; see `run_episodes`."""
+    found = run_episodes(base, task, source, seeds, trial=trial, on_episode=on_episode, faults=faults)
+    return Measure(tuple(found))
 
 
 def measure_base(

@@ -41,14 +41,19 @@ class Faults:
         log.warning("fault %d of %d, skipped: %s", self.counts.total(), self.limit, words)
         self.check(words)
 
+    def set(self, counts: Mapping[str, int]) -> None:
+        """As many as there were."""
+        self.counts.clear()
+        self.counts.update(counts)
+
     def check(self, words: str) -> None:
         """Raise TooManyFaultsError if there are; `words` tell of the last."""
         if self.counts.total() >= self.limit:
             found = ", ".join(f"{count} x {name}" for name, count in self.counts.items())
             raise TooManyFaultsError(
-                f"training: expected finite losses, rewards, observations and actions, got {found} "
-                f"(train.max_faults {self.limit}); the last: {words}. The newest checkpoint is from before and sound: "
-                "mend the cause and go on with --resume."
+                f"expected finite losses, rewards, observations and actions, got {found} "
+                f"(train.max_faults {self.limit}); the last: {words}. A run's newest checkpoint is from before "
+                "and sound: mend the cause and go on with --resume."
             )
 
 

@@ -10,7 +10,15 @@ from collections.abc import Callable, Iterator
 
 log = logging.getLogger(__name__)
 _PATIENCE = 3
-_SIGNALS = (signal.SIGINT, signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else []))
+_TERMINAL = (signal.SIGINT, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else []))
+"""What a terminal sends to all processes that were started from it."""
+_SIGNALS = (*_TERMINAL, signal.SIGTERM)
+
+
+def ignore_terminal() -> None:
+    """In a process that helps another: the other hears the terminal too, and says when to stop."""
+    for number in _TERMINAL:
+        signal.signal(number, signal.SIG_IGN)
 
 
 @contextlib.contextmanager
@@ -34,20 +42,21 @@ def stop_requests(at_once: bool = False) -> Iterator[threading.Event]:
 
 
 @contextlib.contextmanager
-def undisturbed(what: str) -> Iterator[None]:
-    """Within this context signals are told `what` is going on, and no more; each from the third on interrupts, for
-    what hangs is to end some time."""
-    count = 0
+def undisturbed(what: str) -> Iterator[threading.Event]:
+    """Within this context signals are told `what` is going on, and set the event; each from the third on interrupts,
+    for what hangs is to end some time."""
+    count, told = 0, threading.Event()
 
     def tell(*_: object) -> None:
         nonlocal count
         count += 1
+        told.set()
         log.warning("%s.", what)
         if count >= _PATIENCE:
             raise KeyboardInterrupt
 
     with _heard_by(tell):
-        yield
+        yield told
 
 
 @contextlib.contextmanager

@@ -2,7 +2,8 @@
 
 One transition is one executed chunk: reward R = sum_i gamma^i r_i over the k steps really executed, and the
 bootstrap is discounted by gamma^k. Timeouts bootstrap (unless `SACConfig.timeouts` is terminal); terminations do
-not. Entropy is per dimension of the [-1, 1] box, so its target depends neither on the noise bound nor on the layout's size.
+not. Entropy is per dimension of the [-1, 1] box, so its target depends neither on the noise bound nor on the layout's
+size.
 """
 
 from __future__ import annotations

@@ -14,13 +14,15 @@ import numpy as np
 import torch
 
 from .collect import Collector
+from .episodes import episode_generators
 from .errors import bad
 from .head import HeadInputs
+from .interrupts import undisturbed
 from .journal import EpisodeRecord, Journal
 from .n_step import Decision, NStepWindows
 from .observation import PROMPT, Observations
 from .replay import Extras
-from .rollout import ChunkResult, episode_generators
+from .rollout import ChunkResult
 from .tasks.live import Ending
 from .watch import Finished
 
@@ -111,8 +113,11 @@ class EpisodeCollector(Collector):
             self.whole = False
             ending = played.results[-1].ending[0] if played.results else Ending.REDO
             if played.results and not played.results[-1].void[0]:
-                record = self._record(played)
-                self.journal.append(record)
+                with undisturbed("the episode is being saved") as told:
+                    record = self._record(played)
+                    self.journal.append(record)
+                if told.is_set():  # `restore` enters it, when the run goes on
+                    raise KeyboardInterrupt
                 self._enter(record)
                 return
             self.void += 1

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 if TYPE_CHECKING:
-    from .rollout import Episode
+    from .episodes import Episode
 
 _Z = NormalDist().inv_cdf(0.975)
 

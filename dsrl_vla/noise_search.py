@@ -16,13 +16,14 @@ import numpy as np
 import torch
 
 from . import seeds as seed_ranges
+from .episodes import Episode
 from .errors import at_least, bad
 from .evaluation import Measure, measure, paired_difference
 from .head import SteeringHead
 from .noise import NoiseLayout, generators
 from .noise_aliasing import ActionCritic
 from .policy import FrozenPolicy
-from .rollout import Episode, VectorTask
+from .rollout import VectorTask
 from .run_dir import write_json
 from .sources import ConstantNoise, NoiseSource, PriorNoise
 

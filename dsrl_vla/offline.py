@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from .episodes import episode_generators
 from .errors import bad
 from .head import HeadInputs, SteeringHead
 from .latent_sac import SACConfig
@@ -25,7 +26,6 @@ from .noise_bank import Keeper
 from .observation import IMAGE_PREFIX, PROMPT, STATE, Observations
 from .policy import FrozenPolicy
 from .replay import Batch, Replay
-from .rollout import episode_generators
 
 OfflineEpisode = dict[str, Any]
 Relabel = Callable[[OfflineEpisode], OfflineEpisode]

@@ -19,6 +19,7 @@ The npz format: all steps of all episodes one after the other, one array per fie
 
 from __future__ import annotations
 
+import logging
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
@@ -26,13 +27,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from tqdm import tqdm
 
 from .entry_points import imported
 from .errors import DsrlError, bad, missing_extra
 from .observation import IMAGE_PREFIX, PROMPT
-from .offline import OfflineConfig, OfflineEpisode, Relabel, demonstrations, sparse_success
+from .offline import OfflineConfig, OfflineEpisode, OfflineLoader, Relabel, demonstrations, sparse_success
 from .offline_robomimic import read_robomimic
+from .replay import Replay
 
+log = logging.getLogger(__name__)
 _SHIPPED = {"sparse_success": sparse_success, "demonstrations": demonstrations}
 _SCALARS = ("reward", "success", "human", "decision", "next.terminated")
 OBS_IMAGE = "observation.image"  # LeRobot's name of an only camera
@@ -53,6 +57,17 @@ def read_episodes(config: OfflineConfig) -> Iterator[OfflineEpisode]:
     episodes = named_problems(config.source, reader_of(path)(path))
     relabel = load_relabel(config.relabel) if config.relabel else lambda episode: episode
     return (relabel(episode) for episode in islice(episodes, config.episodes))
+
+
+def fill(replay: Replay, loader: OfflineLoader) -> None:
+    """Let a replay hold the episodes that the loader's config names; it says when there is no room for all of them."""
+    with tqdm(unit="episode", desc="offline data", disable=None) as bar:
+        loader.fill(replay, read_episodes(loader.config), bar.update)
+    if replay.added > replay.capacity:
+        words = (
+            "offline data: train.replay_capacity has room for the last %d of %d decisions; the others are left out."
+        )
+        log.warning(words, replay.capacity, replay.added)
 
 
 def reader_of(path: Path) -> Callable[[Path], Iterator[OfflineEpisode]]:

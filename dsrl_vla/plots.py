@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import logging
 from pathlib import Path
@@ -10,15 +11,16 @@ from typing import Any
 import numpy as np
 
 from . import seeds as seed_ranges
+from .episodes import episode_generators
 from .errors import missing_extra
 from .head import SteeringHead
 from .measures import YARDSTICKS, value, yardstick
 from .policy import FrozenPolicy
 from .recipe import Recipe
-from .rollout import TaskConfig, episode_generators
+from .rollout import TaskConfig
 from .run_dir import disk_errors
 from .sources import HeadNoise, NoiseSource, PriorNoise
-from .tasks import make_task
+from .tasks import TaskEnv, make_task
 
 log = logging.getLogger(__name__)
 _STEERED, _BASE = "#0b6e99", "#b5651d"
@@ -74,7 +76,12 @@ def film(
     base: FrozenPolicy, uri: str, max_episode_steps: int, source: NoiseSource, seed: int, size: int = 256
 ) -> tuple[np.ndarray, bool]:
     """Play one episode and film it: uint8 (T, size, size, 3), and whether it succeeded."""
-    env = make_task(uri, max_episode_steps=max_episode_steps)
+    with contextlib.closing(make_task(uri, max_episode_steps=max_episode_steps)) as env:
+        return _film(base, env, source, seed, size)
+
+
+def _film(base: FrozenPolicy, env: TaskEnv, source: NoiseSource, seed: int, size: int) -> tuple[np.ndarray, bool]:
+    limit = env.info.max_episode_steps
     streams = episode_generators([seed])
     observation, _ = env.reset(seed=seed)
     frames, steps, over, success = [env.frame(size)], 0, False, False
@@ -86,11 +93,10 @@ def film(
             _, success, terminated = env.advance(row)
             steps += 1
             frames.append(env.frame(size))
-            over = terminated or env.cut_short or steps >= max_episode_steps
+            over = terminated or env.cut_short or steps >= limit
             if over:
                 break
         observation = env.observe()
-    env.close()
     return np.stack(frames), success
 
 
@@ -131,11 +137,15 @@ def draw_run(
     head: SteeringHead,
     rows: list[dict[str, Any]],
     result: dict[str, Any],
+    live: bool = False,
 ) -> None:
-    """The pictures: ``curves.png`` and ``rollouts.mp4``. A failure here loses nothing that was measured."""
+    """The pictures: ``curves.png`` and ``rollouts.mp4``. A failure here loses nothing that was measured.
+
+    A `live` task is not filmed: its robot is not to move again when all has been measured.
+    """
     with disk_errors(out):
         draw_curves(out / "curves.png", rows, result)
-        if recipe.eval.video_episodes:
+        if recipe.eval.video_episodes and not live:
             films = seed_ranges.block(result["seeds"][0], recipe.eval.video_episodes)
             try:
                 write_video(out / "rollouts.mp4", base, head, recipe.task, films)

@@ -140,6 +140,8 @@ class EvalConfig:
     def __post_init__(self) -> None:
         if self.episodes < 1:
             raise bad("eval.episodes", "1 or more", self.episodes)
+        if self.video_episodes < 0:
+            raise bad("eval.video_episodes", "0 or more", self.video_episodes)
 
 
 @dataclass(frozen=True)

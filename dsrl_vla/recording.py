@@ -7,11 +7,12 @@ from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
+from .episodes import episode_generators
 from .errors import bad
 from .observation import PROMPT, unsqueeze
 from .offline import OfflineEpisode
 from .policy import FrozenPolicy
-from .rollout import TaskConfig, episode_generators
+from .rollout import TaskConfig
 from .sources import NoiseSource
 from .tasks import make_task
 from .tasks.base import TaskEnv

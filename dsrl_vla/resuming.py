@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -59,7 +60,8 @@ def resume(trainer: Trainer) -> None:
     trainer.finalists.load()
     before = trainer.collector.env_steps
     done_since = trainer.collector.restore()
-    trainer.metrics.truncate(trainer.collector.env_steps if found is not None or done_since else -1)
+    known = trainer.collector.env_steps if found is not None or done_since else -1
+    trainer.metrics.truncate(known, math.inf if done_since else trainer.learner.updates)
     rows = trainer.metrics.rows()
     for row in rows:
         trainer.watch.see(row)

@@ -5,27 +5,22 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
-from collections.abc import Callable, Sequence
+import multiprocessing
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
-import torch
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv
 
 from .errors import bad
-from .interrupts import stop_requests
-from .noise import generators
+from .interrupts import ignore_terminal, stop_requests
 from .observation import PROMPT, Observations
-from .policy import FrozenPolicy
-from .sources import NoiseSource
 from .tasks import ChunkEnv, TaskInfo, make_task
-from .tasks.base import Measured
 from .tasks.live import VOID
 
 log = logging.getLogger(__name__)
 VectorMode = Literal["sync", "async"]
-_NOISE_STREAM = 7919  # separates an episode's noise from its environment's draws
 
 
 @dataclass(frozen=True)
@@ -54,6 +49,13 @@ class TaskConfig:
 
 def _make_chunked(uri: str, max_episode_steps: int, chunk: int) -> ChunkEnv:
     return make_task(uri, max_episode_steps=max_episode_steps).chunked(chunk)
+
+
+def _make_apart(*options: Any) -> ChunkEnv:
+    """As `_make_chunked`, in a process of its own: what a terminal tells its processes is the learner's to obey."""
+    if multiprocessing.parent_process():  # gymnasium makes one here, too, to see its spaces
+        ignore_terminal()
+    return _make_chunked(*options)
 
 
 @dataclass
@@ -96,7 +98,8 @@ class VectorTask:
     def __init__(self, config: TaskConfig, chunk: int):
         self.config, self.chunk = config, chunk
         self.uris = [config.uris[i % len(config.uris)] for i in range(config.num_envs)]
-        make = [functools.partial(_make_chunked, uri, config.max_episode_steps, chunk) for uri in self.uris]
+        how = _make_chunked if config.vector == "sync" else _make_apart
+        make = [functools.partial(how, uri, config.max_episode_steps, chunk) for uri in self.uris]
         vector = SyncVectorEnv if config.vector == "sync" else functools.partial(AsyncVectorEnv, context="spawn")
         try:
             self.envs: Any = vector(make, autoreset_mode=AutoresetMode.DISABLED)
@@ -190,8 +193,9 @@ class VectorTask:
             log.error("the robot could not be told to stand still: %s", error)
 
     def close(self) -> None:
-        """Close every environment."""
-        self.envs.close()
+        """Close every environment; those whose process has died are closed."""
+        with contextlib.suppress(BrokenPipeError, EOFError):
+            self.envs.close()
 
     def __enter__(self) -> VectorTask:
         if self.info.live:  # a signal is to leave the block, which stops the robot
@@ -203,78 +207,3 @@ class VectorTask:
             self.close()
         finally:
             self._signals.close()
-
-
-@dataclass(frozen=True)
-class Episode:
-    """How one episode went."""
-
-    seed: int
-    success: bool
-    steps: int
-    reward: float
-    task: str = ""
-    """The task's URI."""
-    measure: Measured = "success"
-    """What counts there; see `dsrl_vla.measures`."""
-
-
-def episode_generators(seeds: Sequence[int], trial: int = 0) -> list[torch.Generator]:
-    """The noise generators of episodes; `trial` gives other noise on the same episode."""
-    return generators([seed * _NOISE_STREAM + trial for seed in seeds])
-
-
-def run_episodes(
-    base: FrozenPolicy,
-    task: VectorTask,
-    source: NoiseSource,
-    seeds: Sequence[int],
-    *,
-    trial: int = 0,
-    on_episode: Callable[[Episode], None] = lambda _: None,
-) -> list[Episode]:
-    """Run one episode per seed and task; return them task by task, each in the order of `seeds`.
-
-    The same seeds give the same environments and, from the same source, the same noise: runs are paired.
-    Where an operator says that an episode does not count, it is played again; one in which a person took over is
-    no success of the policy's.
-    """
-    count, executed = task.config.num_envs, base.spec.executed_steps
-    queues = {uri: list(seeds) for uri in task.config.uris}
-    take = lambda i: queues[task.uris[i]].pop(0) if queues[task.uris[i]] else None
-    now = [take(i) for i in range(count)]
-    filled = [seeds[0] if seed is None else seed for seed in now]  # the first reset is everybody's
-    streams = episode_generators(filled, trial)
-    observations = task.reset(filled)
-    steps, rewards, helped = np.zeros(count, dtype=int), np.zeros(count), np.zeros(count, dtype=bool)
-    done: dict[tuple[str, int], Episode] = {}
-    total = len(seeds) * len(queues)
-    while len(done) < total:
-        if task.driven:
-            result = task.step(None)
-        else:
-            encoding = base.encode(observations)
-            result = task.step(source.actions(base, observations, encoding, streams)[:, 0, :executed].numpy())
-        observations = result.observations
-        steps += result.steps
-        rewards += result.rewards.sum(1)
-        helped |= result.human
-        if not result.done.any():
-            continue
-        fresh: list[int | None] = [None] * count
-        for i in np.flatnonzero(result.done):
-            seed, uri = now[i], task.uris[i]
-            if not result.void[i]:
-                if seed is not None:
-                    success = bool(result.success[i] and not helped[i])
-                    done[uri, seed] = Episode(
-                        seed, success, int(steps[i]), float(rewards[i]), uri, task.infos[i].measure
-                    )
-                    on_episode(done[uri, seed])
-                now[i] = take(i)
-            if (then := now[i]) is not None:
-                fresh[i], streams[i] = then, episode_generators([then], trial)[0]
-            steps[i], rewards[i], helped[i] = 0, 0.0, False
-        if len(done) < total:
-            observations = task.reset(fresh, resting=[seed is None for seed in now])
-    return [done[uri, seed] for uri in queues for seed in seeds]

@@ -10,6 +10,7 @@ import contextlib
 import errno
 import json
 import logging
+import math
 import os
 import shutil
 import tempfile
@@ -148,9 +149,10 @@ class Metrics:
                 found.append(json.loads(line))
         return found
 
-    def truncate(self, env_steps: int) -> None:
-        """Forget what a resumed run is about to do again."""
-        kept = [row for row in self.rows() if row.get("env_steps", 0) <= env_steps]
+    def truncate(self, env_steps: int, updates: float = math.inf) -> None:
+        """Forget what a resumed run is about to do again: what came after these steps and updates."""
+        known = lambda row: row.get("env_steps", 0) <= env_steps and row.get("updates", 0) <= updates
+        kept = [row for row in self.rows() if known(row)]
         write_text(self.path, "".join(json.dumps(row) + "\n" for row in kept))
 
 
@@ -207,14 +209,15 @@ def _unused(folder: Path, step: int) -> Path:
 def load_checkpoint(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]] | None:
     """The newest checkpoint that is whole, or None when there is none at all.
 
-    One that is not whole is passed over with a warning, and removed, lest it count as one of the two to keep.
+    One that is not whole is passed over with a warning, and removed, lest it count as one of the two to keep; one that
+    the system does not let be read is passed over.
 
     Raises:
         DsrlError: there are checkpoints, and none is whole.
     """
     import safetensors.torch
 
-    problems: dict[Path, str] = {}
+    problems: dict[Path, Exception] = {}
     for unfinished in folder.glob(".writing_*"):
         shutil.rmtree(unfinished, ignore_errors=True)
     for path in reversed(checkpoints(folder)):
@@ -222,12 +225,14 @@ def load_checkpoint(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, An
             check_manifest(path, (TENSORS, STATE), (TENSORS, STATE))
             found = safetensors.torch.load_file(path / TENSORS), json.loads((path / STATE).read_text())
         except Exception as error:
-            problems[path] = f"{path.name}: {error}"
+            problems[path] = error
             continue
-        for broken, words in problems.items():
-            log.warning("checkpoint %s Going on from %s, the one before.", words, path.name)
-            shutil.rmtree(broken, ignore_errors=True)
+        for other, problem in problems.items():
+            log.warning("checkpoint %s: %s Going on from %s, the one before.", other.name, problem, path.name)
+            if not isinstance(problem, OSError | MemoryError):
+                shutil.rmtree(other, ignore_errors=True)
         return found
     if problems:
-        raise bad(str(folder), "a checkpoint that can be read", "; ".join(problems.values()))
+        words = "; ".join(f"{path.name}: {problem}" for path, problem in problems.items())
+        raise bad(str(folder), "a checkpoint that can be read", words)
     return None

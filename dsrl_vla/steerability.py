@@ -15,13 +15,14 @@ from typing import Any, Literal
 import numpy as np
 
 from . import seeds as seed_ranges
+from .episodes import Episode
 from .errors import bad
 from .evaluation import Measure, measure
 from .measures import YARDSTICKS, wilson
 from .noise import NoiseLayout, NoiseSpace, generators
 from .policy import FrozenPolicy
 from .probing import probe
-from .rollout import Episode, VectorTask
+from .rollout import VectorTask
 from .sources import LayoutNoise, NoiseSource, PriorNoise, ZeroNoise
 from .training import example
 

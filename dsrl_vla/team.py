@@ -21,6 +21,7 @@ import torch
 from .draws import Share
 from .errors import DsrlError, bad
 from .head import HeadConfig, SteeringHead
+from .interrupts import ignore_terminal
 from .latent_sac import Info, LatentSAC
 from .replay import Batch
 from .under_way import part
@@ -100,8 +101,8 @@ class LaunchedTeam(Team):
             DsrlError: the leader is gone.
         """
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):  # the leader hears them too, and says when to stop
-                signal.signal(number, signal.SIG_IGN)
+            ignore_terminal()
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the launcher tells the leader too
         learner: Any = None
         try:
             while True:

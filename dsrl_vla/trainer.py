@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from . import seeds as seed_ranges
 from .collectors import make_collector
+from .episodes import Episode
 from .errors import DsrlError, WorkerLostError, bad
 from .evaluation import measure
 from .faults import Faults
@@ -28,12 +29,12 @@ from .learners import build_learner
 from .measures import YARDSTICKS
 from .noise_search import SearchConfig, Ticket, search_ticket
 from .offline import MixedReplay, OfflineLoader
-from .offline_sources import read_episodes
+from .offline_sources import fill
 from .policy import FrozenPolicy
 from .recipe import Recipe
 from .replay import Replay
 from .resuming import pack
-from .rollout import Episode, VectorTask
+from .rollout import VectorTask
 from .run_dir import Metrics, save_checkpoint
 from .sources import HeadNoise
 from .team import Team
@@ -82,11 +83,13 @@ class Trainer:
         self.learner = build_learner(
             recipe.algorithm, base, self.head, recipe.critic, sac, recipe.na, bounds, config.seed
         )
-        on_disk = out / "replay" if config.replay_on_disk else None
-        self.replay = Replay(config.replay_capacity, layout.latent_shape, on_disk)
+        place = lambda name: out / name if config.replay_on_disk else None
+        self.replay = Replay(config.replay_capacity, layout.latent_shape, place("replay"))
         self.data: Replay | MixedReplay = self.replay
         if recipe.offline.source:
-            self.data = MixedReplay(self.replay, self._read_offline(), recipe.offline.share)
+            offline = Replay(config.replay_capacity, layout.latent_shape, place("replay-offline"))
+            fill(offline, OfflineLoader(base, self.head, self.learner.keeper(), sac, recipe.offline))
+            self.data = MixedReplay(self.replay, offline, recipe.offline.share)
         self.faults = Faults(config.max_faults)
         self.updates = Updates(self.learner, self.data, sac.batch, config.seed, self.faults, team or Team())
         keeper = self.learner.keeper()
@@ -184,24 +187,16 @@ class Trainer:
         if owed > 0 and len(self.data):  # the first returns over n decisions are complete after n
             self.updates.until(self.recipe.offline.updates + owed)
 
-    def _read_offline(self) -> Replay:
-        """Offline episodes as a replay, with a noise bank for every decision."""
-        config, keeper = self.recipe.offline, self.learner.keeper()
-        replay = Replay(self.recipe.train.replay_capacity, self.head.layout.latent_shape)
-        loader = OfflineLoader(self.base, self.head, keeper, self.recipe.sac, config)
-        with tqdm(unit="episode", desc="offline data", disable=None) as bar:
-            loader.fill(replay, read_episodes(config), bar.update)
-        return replay
-
     def _learn_offline(self, asked: threading.Event) -> None:
         """The updates that come before the first environment step, after which a validation is owed."""
-        total, start = self.recipe.offline.updates, self.learner.updates
-        if not isinstance(self.data, MixedReplay) or start >= total:
+        total, done = self.recipe.offline.updates, self.learner.updates
+        if not isinstance(self.data, MixedReplay) or done >= total:
             return
-        with tqdm(total=total, initial=start, unit="update", desc="offline", disable=None) as bar:
-            for count in range(start + 1, total + 1):
-                self.owed = count == total
+        with tqdm(total=total, initial=done, unit="update", desc="offline", disable=None) as bar:
+            for count in range(done + 1, total + 1):
+                self.owed, start = count == total, time.perf_counter()
                 self.updates.until(count)
+                self.seconds += time.perf_counter() - start
                 bar.update()
                 if asked.is_set():
                     return
@@ -269,7 +264,7 @@ class Trainer:
     ) -> tuple[float, float, int]:
         """What counts, the steps of an episode, and how many there were: validation's from number `first` on."""
         seeds = seed_ranges.block(seed_ranges.VALIDATION + first, episodes)
-        found = measure(self.base, self.held_out, HeadNoise(head), seeds, on_episode=tick)
+        found = measure(self.base, self.held_out, HeadNoise(head), seeds, on_episode=tick, faults=self.faults)
         self.validation_env_steps += sum(e.steps for e in found.episodes)
         return found.mean, float(np.mean([e.steps for e in found.episodes])), len(found.episodes)
 

@@ -111,7 +111,7 @@ def train(
         result = None
         if finished and evaluate_after:
             result = evaluate_run(trainer, head, known)
-            draw_run(out, recipe, base, head, trainer.metrics.rows(), result)
+            draw_run(out, recipe, base, head, trainer.metrics.rows(), result, held_out.info.live)
     return RunResult(head, result, out, interrupted=not finished)
 
 

@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from .episodes import episode_generators
 from .n_step import Decision
-from .rollout import episode_generators
 
 Tensors = dict[str, torch.Tensor]
 

@@ -4,13 +4,14 @@ import numpy as np
 import pytest
 from dsrl_vla import SteeringHead, evaluate, preflight
 from dsrl_vla.adapters.flow_mlp import FlowMLP
+from dsrl_vla.episodes import Episode
 from dsrl_vla.errors import DsrlError
 from dsrl_vla.evaluation import Measure, measure_base, paired_difference
 from dsrl_vla.head import HeadConfig
 from dsrl_vla.measures import bootstrap, newcombe, wilson
 from dsrl_vla.networks import NetworkConfig
 from dsrl_vla.noise import NoiseLayout, NoiseSpace
-from dsrl_vla.rollout import Episode, TaskConfig, VectorTask
+from dsrl_vla.rollout import TaskConfig, VectorTask
 from dsrl_vla.steerability import PreflightConfig, conditions, recommend, typical_bound
 
 FORK = TaskConfig("point:fork", 40, 4)

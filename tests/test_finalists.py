@@ -7,13 +7,13 @@ import pytest
 import torch
 from dsrl_vla import SteeringHead, load_recipe, train, trainer
 from dsrl_vla import seeds as seed_ranges
+from dsrl_vla.episodes import Episode
 from dsrl_vla.errors import DsrlError
 from dsrl_vla.evaluation import Measure
 from dsrl_vla.finalists import Finalist, Finalists
 from dsrl_vla.head import HeadConfig
 from dsrl_vla.networks import NetworkConfig
 from dsrl_vla.noise import NoiseLayout
-from dsrl_vla.rollout import Episode
 from dsrl_vla.writing import Writing
 
 

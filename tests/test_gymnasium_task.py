@@ -7,11 +7,12 @@ import torch
 from dsrl_vla import load_recipe, make_task, train
 from dsrl_vla.adapters.diffusion import DiffusionMLPConfig, clone_diffusion
 from dsrl_vla.card import head_card
+from dsrl_vla.episodes import Episode
 from dsrl_vla.errors import DsrlError, UnknownNameError
 from dsrl_vla.evaluation import Measure, paired_difference, summary
 from dsrl_vla.measures import YARDSTICKS, shown, shown_gain
 from dsrl_vla.plots import draw_curves
-from dsrl_vla.rollout import Episode, TaskConfig, VectorTask
+from dsrl_vla.rollout import TaskConfig, VectorTask
 from dsrl_vla.run_dir import Metrics
 from dsrl_vla.steerability import preflight
 from dsrl_vla.tables import print_evaluation

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 from dsrl_vla import load_recipe, rollout, train
 from dsrl_vla.adapters.flow_mlp import FlowMLP, FlowMLPConfig, clone_flow_mlp
+from dsrl_vla.episodes import run_episodes
 from dsrl_vla.errors import DsrlError
-from dsrl_vla.rollout import TaskConfig, VectorTask, run_episodes
+from dsrl_vla.rollout import TaskConfig, VectorTask
 from dsrl_vla.sources import PriorNoise
 from dsrl_vla.tables import print_evaluation
 from dsrl_vla.tasks.point import demonstrate

@@ -5,8 +5,9 @@ import sys
 import numpy as np
 import pytest
 from dsrl_vla import make_task
+from dsrl_vla.episodes import run_episodes
 from dsrl_vla.errors import DsrlError, MissingExtraError, UnknownNameError
-from dsrl_vla.rollout import TaskConfig, VectorTask, run_episodes
+from dsrl_vla.rollout import TaskConfig, VectorTask
 from dsrl_vla.sources import PriorNoise
 from dsrl_vla.tasks.metaworld import prompts
 

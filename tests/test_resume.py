@@ -17,11 +17,12 @@ import safetensors.torch
 import torch
 from dsrl_vla import load_recipe, train, trainer
 from dsrl_vla.collect import Collector
+from dsrl_vla.episodes import Episode
 from dsrl_vla.errors import DsrlError
 from dsrl_vla.evaluation import Measure
 from dsrl_vla.faults import TooManyFaultsError
 from dsrl_vla.latent_sac import LatentSAC
-from dsrl_vla.rollout import Episode, TaskConfig, VectorTask
+from dsrl_vla.rollout import TaskConfig, VectorTask
 from dsrl_vla.run_dir import Metrics, checkpoints, load_checkpoint, save_checkpoint
 from dsrl_vla.tasks.point import Fork
 
@@ -280,6 +281,40 @@ def test_a_signal_finishes_the_decision_and_saves_it(fork_folder, tmp_path, numb
     assert all(torch.equal(mine[0][name], theirs[0][name]) for name in theirs[0])
 
 
+PROCESSES = """
+import signal, sys
+from dsrl_vla import load_recipe, train
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    print(train(load_recipe(sys.argv[1]), sys.argv[2], evaluate_after=False).interrupted)
+"""
+
+
+def test_a_terminals_ctrl_c_reaches_environments_in_processes_too_and_all_is_saved(fork_folder, tmp_path):
+    import yaml
+
+    script, path, out = tmp_path / "child.py", tmp_path / "short.yaml", tmp_path / "run"
+    script.write_text(PROCESSES)
+    tree_ = {"extends": "drawer-open"} | tree(fork_folder, env_steps=500_000, checkpoint_every=100)
+    tree_["task"] |= {"vector": "async", "num_envs": 2}
+    path.write_text(yaml.safe_dump(tree_))
+    child = subprocess.Popen(
+        [sys.executable, str(script), str(path), str(out)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    while child.poll() is None and not checkpoints(out / "checkpoints"):
+        time.sleep(0.02)
+    before = checkpoints(out / "checkpoints")
+    os.killpg(child.pid, signal.SIGINT)
+    said, errors = child.communicate(timeout=60)
+    assert child.returncode == 0 and "True" in said, errors
+    assert "Traceback" not in errors and checkpoints(out / "checkpoints") != before
+
+
 def test_outside_the_main_thread_a_run_trains_as_well(fork_folder, tmp_path):
     recipe = recipe_of(fork_folder, env_steps=300)
     worker = threading.Thread(target=train, args=(recipe, tmp_path / "run"), kwargs={"evaluate_after": False})
@@ -359,11 +394,11 @@ def test_weights_that_are_not_finite_are_never_checkpointed(fork_folder, tmp_pat
     assert all(torch.isfinite(t).all() for t in tensors.values() if t.is_floating_point())
 
 
-@pytest.mark.parametrize("what", ["reward", "observation", "reset"])
+@pytest.mark.parametrize("what", ["reward", "observation", "reset", "first reset"])
 def test_an_episode_that_is_not_finite_is_dropped(fork_folder, tmp_path, monkeypatch, caplog, what):
     recipe, out = recipe_of(fork_folder), tmp_path / "run"
     real_advance, real_observe, real_begin = Fork.advance, Fork.observe, Fork.begin
-    ill = {1_000_004, 1_000_007}
+    ill = {1_000_000, 1_000_003} if what == "first reset" else {1_000_004, 1_000_007}
 
     def begin(self, seed):
         real_begin(self, seed)
@@ -377,7 +412,7 @@ def test_an_episode_that_is_not_finite_is_dropped(fork_folder, tmp_path, monkeyp
 
     def observe(self):
         seen = real_observe(self)
-        if self.ill and ((what == "observation" and self.count > 8) or (what == "reset" and self.count == 0)):
+        if self.ill and ((what == "observation" and self.count > 8) or (what.endswith("reset") and self.count == 0)):
             seen["observation.state"][1] = float("nan")
         return seen
 
@@ -385,9 +420,42 @@ def test_an_episode_that_is_not_finite_is_dropped(fork_folder, tmp_path, monkeyp
         monkeypatch.setattr(Fork, name, function)
     train(recipe, out, evaluate_after=False)
     tensors, state = load_checkpoint(out / "checkpoints")
-    assert state["collector"]["faults"] == {"reset" if what == "reset" else "episode": 2}
-    assert "episode of seed 1000004" in caplog.text and state["env_steps"] >= 1500
+    assert state["collector"]["faults"] == {"reset" if what.endswith("reset") else "episode": 2}
+    assert f"episode of seed {min(ill)}" in caplog.text and state["env_steps"] >= 1500
     assert all(torch.isfinite(t).all() for t in tensors.values() if t.is_floating_point())
+
+
+def test_an_episode_of_validation_that_is_not_finite_is_lost_and_the_others_go_on(fork_folder, tmp_path, monkeypatch):
+    from dsrl_vla import seeds
+    from dsrl_vla.trainer import Trainer
+
+    observe, begin, played = Fork.observe, Fork.begin, []
+
+    def beginning(self, seed):
+        begin(self, seed)
+        self.ill = seed == seeds.VALIDATION + 1
+
+    def observing(self):
+        seen = observe(self)
+        seen["observation.state"][1] *= float("nan") if self.ill else 1.0
+        return seen
+
+    def playing(self, head, first, episodes, tick=None):
+        return play(self, head, first, episodes, played.append)
+
+    play = Trainer.play
+    for owner, name, function in (
+        (Fork, "begin", beginning),
+        (Fork, "observe", observing),
+        (Trainer, "play", playing),
+    ):
+        monkeypatch.setattr(owner, name, function)
+    train(recipe_of(fork_folder), tmp_path / "run", evaluate_after=False)
+    _, state = load_checkpoint(tmp_path / "run" / "checkpoints")
+    lost = [episode for episode in played if episode.seed == seeds.VALIDATION + 1]
+    assert lost and not any(episode.success for episode in lost)
+    assert any(episode.success for episode in played)
+    assert state["collector"]["faults"] == {"episode": len(lost)}
 
 
 def test_a_base_that_answers_nan_now_and_then_moves_nothing(fork_folder, fork_base, tmp_path, monkeypatch):

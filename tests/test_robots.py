@@ -427,7 +427,8 @@ def test_rewards_by_function():
 
 
 def test_an_evaluation_plays_void_episodes_again_and_credits_no_person(fork_base, tmp_path, monkeypatch):
-    from dsrl_vla.rollout import TaskConfig, VectorTask, run_episodes
+    from dsrl_vla.episodes import run_episodes
+    from dsrl_vla.rollout import TaskConfig, VectorTask
     from dsrl_vla.sources import PriorNoise
 
     script = [(0, 3, "redo"), (1, 5, "success"), (2, 2, "take-over"), (2, 6, "success"), (3, 1, "discard")]
@@ -452,7 +453,8 @@ def test_one_robot_is_one_environment(tmp_path, more):
 
 def test_what_no_base_should_say_stops_the_robot(fork_base, tmp_path, monkeypatch):
     """NaN also stands for "nobody chose", which waits for a person: a base's own must not."""
-    from dsrl_vla.rollout import TaskConfig, VectorTask, run_episodes
+    from dsrl_vla.episodes import run_episodes
+    from dsrl_vla.rollout import TaskConfig, VectorTask
     from dsrl_vla.sources import PriorNoise
 
     told = []
@@ -640,11 +642,49 @@ def test_the_journal_restores_what_no_checkpoint_knows(fork_base, tmp_path):
     assert list(again.recent) == [False, True, False]
 
 
+@pytest.mark.usefixtures("at_a_terminal")
+def test_an_episode_that_is_over_is_saved_before_ctrl_c_is_heard(fork_base, tmp_path, monkeypatch):
+    import signal
+
+    made, _ = collector(fork_base, tmp_path, [(1, 5, "success")])
+    record = made._record
+
+    def slowly(played):
+        signal.raise_signal(signal.SIGINT)
+        return record(played)
+
+    monkeypatch.setattr(made, "_record", slowly)
+    with made.task, pytest.raises(KeyboardInterrupt):
+        made.step(warm_up=True)
+    assert made.journal.numbers() == [0] and not made.whole
+    again, replay = collector(fork_base, tmp_path, [])
+    with again.task:
+        assert again.restore() == 1 and len(replay)
+
+
+def test_a_robot_is_not_filmed(fork_folder, tmp_path, monkeypatch):
+    """It would move again, outside of any episode, when all has been measured."""
+    from dsrl_vla import load_recipe, plots, train
+
+    monkeypatch.setattr(plots, "write_video", lambda *_: pytest.fail("filmed"))
+    small, path = {"network": {"width": 16, "layers": 1}}, write_file(tmp_path)
+    tree = {
+        "base": {"uri": f"flow-mlp:{fork_folder}"},
+        "task": {"uri": f"robot:{path}", "max_episode_steps": 12, "num_envs": 1},
+        "head": small,
+        "critic": small,
+        "train": {"env_steps": 48, "learning_starts": 3, "validation_episodes": 2, "stop_at": None},
+        "eval": {"episodes": 2, "controls": False},
+    }
+    run = train(load_recipe("drawer-open", tree), tmp_path / "run")
+    assert run.evaluation and (tmp_path / "run" / "curves.png").exists()
+
+
 def test_a_better_head_outlives_a_crash_before_the_next_checkpoint(fork_folder, tmp_path, monkeypatch):
     from dsrl_vla import load_recipe, train, trainer
+    from dsrl_vla.episodes import Episode
     from dsrl_vla.evaluation import Measure
     from dsrl_vla.live_collect import EpisodeCollector
-    from dsrl_vla.rollout import Episode
     from dsrl_vla.run_dir import Metrics
 
     small, path, out = {"network": {"width": 16, "layers": 1}}, write_file(tmp_path), tmp_path / "run"
@@ -776,7 +816,8 @@ def test_a_signal_stops_the_robot_and_disconnects_it(fork_folder, tmp_path, monk
 
 
 def test_while_a_person_drives_the_base_is_not_asked(fork_base, tmp_path, monkeypatch):
-    from dsrl_vla.rollout import TaskConfig, VectorTask, run_episodes
+    from dsrl_vla.episodes import run_episodes
+    from dsrl_vla.rollout import TaskConfig, VectorTask
     from dsrl_vla.sources import PriorNoise
 
     path, asked, encode = write_file(tmp_path, [(0, 0, "take-over")]), [], type(fork_base).encode

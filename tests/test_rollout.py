@@ -3,13 +3,14 @@ import pytest
 import torch
 from dsrl_vla import SteeringHead, make_task
 from dsrl_vla.collect import Collector
+from dsrl_vla.episodes import run_episodes
 from dsrl_vla.errors import DsrlError, UnknownNameError
 from dsrl_vla.head import HeadConfig
 from dsrl_vla.latent_sac import SACConfig
 from dsrl_vla.networks import NetworkConfig
 from dsrl_vla.noise import NoiseLayout
 from dsrl_vla.replay import Replay
-from dsrl_vla.rollout import TaskConfig, VectorTask, run_episodes
+from dsrl_vla.rollout import TaskConfig, VectorTask
 from dsrl_vla.sources import HeadNoise, LayoutNoise, PriorNoise, ZeroNoise
 from dsrl_vla.tasks import ChunkEnv
 from dsrl_vla.tasks.point import Fork

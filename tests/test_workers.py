@@ -182,6 +182,22 @@ def test_ctrl_c_saves_whole_rounds(straight, tmp_path, monkeypatch, moment):
     assert same(tmp_path / "run", out)
 
 
+def test_ctrl_c_with_many_rounds_ordered_ends_well(fork_folder, tmp_path, monkeypatch):
+    original, calls = Crew._harvest, []
+
+    def interrupted(self, number):
+        calls.append(1)
+        if len(calls) == 12:
+            os.kill(os.getpid(), signal.SIGINT)
+        return original(self, number)
+
+    monkeypatch.setattr(Crew, "_harvest", interrupted)
+    recipe = recipe_of(fork_folder, rollout={"workers": 1, "ahead": 8})
+    start = time.monotonic()
+    assert train(recipe, tmp_path / "run").interrupted
+    assert time.monotonic() - start < 60
+
+
 def killer(monkeypatch, pids, at):
     """Kill a worker's process at some of the harvests."""
     original, calls = Crew._harvest, []

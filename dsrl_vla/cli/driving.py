@@ -28,8 +28,9 @@ def run_drive(argv: list[str]) -> int:
     args = tyro.cli(DriveArgs, prog="dsrl-vla drive", args=argv)
     from .. import seeds
     from ..bases import load_base
+    from ..episodes import run_episodes
     from ..errors import bad
-    from ..rollout import TaskConfig, VectorTask, run_episodes
+    from ..rollout import TaskConfig, VectorTask
     from ..sources import NoiseSource, PriorNoise, SteeredNoise
     from ..steered_policy import SteeredPolicy
     from ..training import load_run

@@ -13,6 +13,7 @@ from concurrent.futures import BrokenExecutor, Future, ProcessPoolExecutor, wait
 from typing import Any, Protocol
 
 from ..errors import WorkerLostError, missing_extra
+from ..interrupts import ignore_terminal
 from .worker import RolloutWorker, WorkerSpec
 
 log = logging.getLogger(__name__)
@@ -70,14 +71,16 @@ class ProcessLink:
     def close(self) -> None:
         """As `Link.close`; a worker that does not come to the end of its round is killed."""
         self.pool.shutdown(wait=False, cancel_futures=True)
-        asked: list[Future[Any]] = [self.begun, *self.pending]
+        posted: list[Future[Any]] = [self.begun, *self.pending]
+        asked = [future for future in posted if not future.cancelled()]
         if wait(asked, _GRACE_S).not_done:
-            os.kill(self.pid.result(), signal.SIGKILL)
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self.pid.result(), signal.SIGKILL)
 
 
 def _settle() -> None:
     """Leave signals to the learner, which ends its workers when it is ready, and do not outlive it."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    ignore_terminal()
     # Not SIG_IGN, which environments in processes of their own would inherit: they are ended by this signal.
     signal.signal(signal.SIGTERM, lambda *_: None)
     parent = multiprocessing.parent_process()
@@ -122,10 +125,10 @@ class RayLink:
         try:
             self.ray.get(self.begun)
             return self.ray.get(self.pending.popleft())
-        except (errors.RayActorError, errors.ObjectLostError) as error:
-            raise WorkerLostError(" ".join(str(error).split("\n\n")[0].split())) from error
-        except errors.RayTaskError as error:
+        except errors.RayTaskError as error:  # what the worker itself raised
             raise error.cause from error
+        except errors.RayError as error:  # it died, its node did, Ray's memory monitor killed it
+            raise WorkerLostError(" ".join(str(error).split("\n\n")[0].split())) from error
 
     def close(self) -> None:
         """As `Link.close`."""

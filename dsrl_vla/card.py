@@ -108,6 +108,9 @@ def _results(result: dict[str, Any], folder: Path) -> str:
     if "steered_stochastic" in result:
         rows["steered, stochastic"] = result["steered_stochastic"]
     counts, kind = [], yardstick(result["base"])
+    seen = "never trained on"
+    if "scenes" in result:
+        seen = f"in initial states that training sees too: the task has {result['scenes']}"
     for key, words in (("env_steps", "environment steps"), ("updates", "updates"), ("train_seconds", "seconds")):
         if key in result:
             counts.append(f"{result[key]:,g} {words}" if key == "train_seconds" else f"{result[key]:,} {words}")
@@ -116,7 +119,7 @@ def _results(result: dict[str, Any], folder: Path) -> str:
         "## Results",
         "",
         f"{kind.name.capitalize()} over {result['episodes']} held-out episodes (seeds {first} to {last}, the same for "
-        f"every row, never trained on), with {kind.interval_name} 95 % intervals. One training run.{trained}",
+        f"every row, {seen}), with {kind.interval_name} 95 % intervals. One training run.{trained}",
         "",
         f"| noise | {kind.name} | 95 % interval |",
         "|---|---|---|",

@@ -10,6 +10,7 @@ import numpy as np
 
 from . import seeds as seed_ranges
 from .episodes import Episode, run_episodes
+from .errors import bad
 from .faults import Faults
 from .head import SteeringHead
 from .measures import YARDSTICKS, Yardstick, shown
@@ -18,6 +19,7 @@ from .pairing import check_pair
 from .policy import FrozenPolicy
 from .rollout import TaskConfig, VectorTask
 from .sources import HeadNoise, LayoutNoise, NoiseSource, PriorNoise, ZeroNoise
+from .tasks import TaskInfo
 
 RUN_FACTS = (
     *("recipe", "train_seed", "env_steps", "validation_env_steps", "finalists", "updates", "train_seconds"),
@@ -61,7 +63,7 @@ class Measure:
 
     def to_json(self) -> dict[str, Any]:
         """``{"success" or "return", "ci95", "mean_steps"}``."""
-        ends = [round(end, self.yardstick.decimals) for end in self.yardstick.interval(self.scores)]
+        ends = [self.yardstick.kept(end) for end in self.yardstick.interval(self.scores)]
         steps = float(np.mean([e.steps for e in self.episodes]))
         return {self.yardstick.name: self.mean, "ci95": ends, "mean_steps": round(steps, 1)}
 
@@ -69,7 +71,7 @@ class Measure:
 def paired_difference(a: Measure, b: Measure) -> dict[str, Any]:
     """Mean of `b` less that of `a` over the same episodes, and its 95 % interval."""
     ends = a.yardstick.gain(a.scores, b.scores)
-    return {"mean": float((b.scores - a.scores).mean()), "ci95": [round(end, 4) for end in ends]}
+    return {"mean": float((b.scores - a.scores).mean()), "ci95": [a.yardstick.kept(end) for end in ends]}
 
 
 def control_sources(base: FrozenPolicy, layout: NoiseLayout) -> dict[str, NoiseSource]:
@@ -115,6 +117,17 @@ def evaluation_episodes(task: TaskConfig, episodes: int, controls: bool, known: 
     return (3 + 3 * controls - known) * episodes * len(task.uris)
 
 
+def check_scenes(info: TaskInfo, episodes: int) -> None:
+    """Refuse to evaluate on more episodes than there are: intervals would take each for several.
+
+    Raises:
+        DsrlError: so it is.
+    """
+    if info.scenes and episodes > info.scenes:
+        words = f"at most {info.scenes}, for '{info.uri}' has no more initial states and would count them again"
+        raise bad("eval.episodes", words, episodes)
+
+
 def evaluate(
     base: FrozenPolicy,
     head: SteeringHead,
@@ -136,6 +149,8 @@ def evaluate(
         task on its own under ``tasks``.
     """
     check_pair(head.config, base)
+    for info in task.infos:
+        check_scenes(info, episodes)
     seeds = seed_ranges.block(first_seed, episodes)
     found = dict(known or measure_base(base, task, head.layout, seeds, controls, on_episode))
     head.eval()
@@ -152,6 +167,7 @@ def evaluate(
         "steered_stochastic": stochastic.to_json(),
         "difference": paired_difference(own, steered),
         "controls": {name: m.to_json() for name, m in found.items()},
+        **({"scenes": task.info.scenes} if task.info.scenes else {}),
         **_each_task(own, steered, found),
     }
 

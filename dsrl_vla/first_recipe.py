@@ -37,7 +37,8 @@ def _fill(report: dict[str, Any], source: str, name: str) -> str:
     text = resources.files("dsrl_vla.data").joinpath("first_recipe.yaml").read_text()
     return Template(text).substitute(
         source=source,
-        name=name,
+        name=json.dumps(name),
+        file=name,
         episodes=report["episodes"],
         table="\n".join(f"#   {k:<{width}}  {success:.2f}" for k, success in rows.items()),
         words=advice["words"] or "Nothing stands out.",
@@ -49,6 +50,9 @@ def _fill(report: dict[str, Any], source: str, name: str) -> str:
         task_uri=json.dumps(task["uri"]),
         max_episode_steps=task["max_episode_steps"],
         num_envs=task["num_envs"],
+        vector=task["vector"],
+        more=json.dumps(task["more"]),
+        columns=report["recipe"]["columns"],
         layout=advice["layout"],
         bound=f"{advice['bound']:g}",
         env_steps=steps,

@@ -57,13 +57,17 @@ class Yardstick(abc.ABC):
     """One way of measuring."""
 
     name: str
-    digits: int
-    """To write a mean with."""
-    decimals: int
-    """To keep of an interval's ends."""
     interval_name: str
     search: str
     """How to find a layout and bound that can be steered."""
+
+    @abc.abstractmethod
+    def digits(self, about: float) -> int:
+        """Behind the point, to write numbers of about this size with."""
+
+    @abc.abstractmethod
+    def kept(self, end: float) -> float:
+        """An interval's end, rounded to be written down."""
 
     @abc.abstractmethod
     def score(self, episode: Episode) -> float:
@@ -89,8 +93,14 @@ class Yardstick(abc.ABC):
 class Success(Yardstick):
     """The share of episodes that succeed."""
 
-    name, digits, decimals, interval_name = "success", 2, 4, "Wilson"
+    name, interval_name = "success", "Wilson"
     search = "Run `dsrl-vla preflight`: another layout or bound may be steerable where this one is not."
+
+    def digits(self, about):
+        return 2
+
+    def kept(self, end):
+        return round(end, 4)
 
     def score(self, episode):
         return float(episode.success)
@@ -111,8 +121,15 @@ class Success(Yardstick):
 class Return(Yardstick):
     """The sum of an episode's rewards."""
 
-    name, digits, decimals, interval_name = "return", 0, 1, "bootstrap"
+    name, interval_name = "return", "bootstrap"
     search = "Set noise.layout and noise.bound in the recipe, and compare their runs."
+
+    def digits(self, about):
+        size = abs(about) if math.isfinite(about) else 0.0
+        return max(0, 2 - math.floor(math.log10(size))) if size > 1e-6 else 0
+
+    def kept(self, end):
+        return float(f"{end:.6g}")
 
     def score(self, episode):
         return episode.reward
@@ -142,12 +159,14 @@ def value(measure: Mapping[str, Any]) -> float:
 
 def shown(measure: Mapping[str, Any]) -> tuple[str, str]:
     """A written measure's mean and interval, in words."""
-    digits, (low, high) = yardstick(measure).digits, measure["ci95"]
+    low, high = measure["ci95"]
+    digits = yardstick(measure).digits(max(abs(low), abs(high)))
     return f"{value(measure):.{digits}f}", f"[{low:.{digits}f}, {high:.{digits}f}]"
 
 
 def shown_gain(result: Mapping[str, Any]) -> tuple[str, str]:
     """The paired difference of a written evaluation and its interval, in words."""
-    digits, gain = yardstick(result["base"]).digits, result["difference"]
+    gain = result["difference"]
     low, high = gain["ci95"]
+    digits = yardstick(result["base"]).digits(max(abs(low), abs(high)))
     return f"{gain['mean']:+.{digits}f}", f"[{low:+.{digits}f}, {high:+.{digits}f}]"

@@ -144,6 +144,8 @@ class NetworkConfig:
     def __post_init__(self) -> None:
         if self.kind not in ("transformer", "mlp"):
             raise bad("network.kind", "transformer or mlp", f"'{self.kind}'")
+        if self.heads < 1:
+            raise bad("network.heads", "1 or more", self.heads)
         if self.width < 8 or self.width % self.heads:
             raise bad("network.width", f"a multiple of network.heads={self.heads}, 8 or more", self.width)
         if self.layers < 1:

@@ -84,6 +84,9 @@ class HeadSection:
     """Cameras the head looks at itself, beside the base's feature."""
     image_size: int = 32
 
+    def __post_init__(self) -> None:
+        at_least(15, self, "head", "image_size")  # what its convolutions leave something of
+
 
 @dataclass(frozen=True)
 class TrainConfig:

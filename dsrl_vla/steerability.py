@@ -41,10 +41,13 @@ class PreflightConfig:
     """Noise columns that are steered, as in a recipe."""
 
     def __post_init__(self) -> None:
-        if self.episodes < 1 or self.best_of < 1:
-            raise bad("preflight.episodes and preflight.best_of", "1 or more", (self.episodes, self.best_of))
+        if self.episodes < 1 or self.best_of < 2:
+            got = (self.episodes, self.best_of)
+            raise bad("preflight.episodes and preflight.best_of", "1 or more, and 2 draws or more to choose from", got)
         if not self.layouts or not self.bounds:
             raise bad("preflight.layouts and preflight.bounds", "at least one of each", "none")
+        if min(self.bounds) <= 0:
+            raise bad("preflight.bounds", "above 0", min(self.bounds))
 
     def within(self, space: NoiseSpace) -> PreflightConfig:
         """Without the bounds and layouts that a noise space has no room for: bounds above the edge of a uniform
@@ -114,7 +117,7 @@ def preflight(
     return {
         "base": base.spec.uri,
         "task": " + ".join(task.config.uris),
-        "episodes": config.episodes,
+        "episodes": len(found["base"].episodes),
         "seeds": [seeds[0], seeds[-1]],
         "conditions": {name: m.to_json() for name, m in found.items()},
         "best_of": {"k": config.best_of, **headroom},
@@ -164,7 +167,7 @@ def recommend(
     difference) is taken, since fewer dimensions are learnt faster. Of the harmless bounds, the one that keeps
     closest to where the base's own noise lies (`typical_bound`).
     """
-    own, n = found["base"].mean, config.episodes
+    own, n = found["base"].mean, len(found["base"].episodes)
     error = np.sqrt(max(own * (1 - own), 0.25 / n) * 2 / n)
     shapes = {name: config.layout(base.spec.noise, name).latent_shape for name in config.layouts}
     reach = {name: headroom[f"layout {name}"]["success"] for name in config.layouts}

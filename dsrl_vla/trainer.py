@@ -150,7 +150,7 @@ class Trainer:
                     self._after(before, tracker)
                     self.seconds += time.perf_counter() - start
                     bar.update(collector.env_steps - before)
-                    best = f"{self.finalists.best:.{self.watch.yardstick.digits}f}"
+                    best = f"{self.finalists.best:.{self.watch.yardstick.digits(self.finalists.best)}f}"
                     shown = {"success": f"{collector.success:.2f}", "best": best, "updates/s": f"{rate:.0f}"}
                     bar.set_postfix(shown, refresh=False)
             except (KeyboardInterrupt, WorkerLostError) as error:

@@ -15,7 +15,7 @@ from tqdm import tqdm
 from . import seeds as seed_ranges
 from .closing import evaluate_run, settle
 from .errors import DsrlError, bad
-from .evaluation import Measure
+from .evaluation import Measure, check_scenes
 from .finalists import HEADS, LIST
 from .head import SteeringHead
 from .head_config import CONFIG
@@ -29,6 +29,7 @@ from .recipe import AUTO, Recipe, differing, load_recipe
 from .resuming import resume as resume_run
 from .rollout import VectorTask
 from .run_dir import make_folder, write_json, write_text
+from .tasks import TaskInfo
 from .team import LaunchedTeam, join_team
 from .trainer import Trainer
 
@@ -95,7 +96,7 @@ def train(
         inline = recipe.rollout.backend == "inline"
         task = stack.enter_context(VectorTask(recipe.task, base.spec.executed_steps)) if inline else held_out
         for info in task.infos:
-            base.check_task(info)
+            _check_task(recipe, base, info)
         probe(base, example(task))
         recipe = resolve_layout(recipe, base, task, out)
         trainer = Trainer(recipe, base, task, held_out, out, team)
@@ -113,6 +114,15 @@ def train(
             result = evaluate_run(trainer, head, known)
             draw_run(out, recipe, base, head, trainer.metrics.rows(), result, held_out.info.live)
     return RunResult(head, result, out, interrupted=not finished)
+
+
+def _check_task(recipe: Recipe, base: FrozenPolicy, info: TaskInfo) -> None:
+    """Refuse a task that base, head or evaluation does not fit."""
+    base.check_task(info)
+    if absent := [name for name in recipe.head.cameras if name not in info.cameras]:
+        there = ", ".join(info.cameras) or "none"
+        raise bad("head.cameras", f"cameras of the task '{info.uri}' ({there})", f"'{absent[0]}'")
+    check_scenes(info, recipe.eval.episodes)
 
 
 def _follow(team: LaunchedTeam, recipe: Recipe) -> SteeringHead:
@@ -151,8 +161,11 @@ def example(task: VectorTask) -> dict[str, Any]:
 
 def _prepare(recipe: Recipe, out: Path, resume: bool) -> None:
     path = out / "recipe.yaml"
-    if path.exists() and not resume and any((out / name).exists() for name in _PROGRESS):
-        raise bad(f"{out}", "a new directory", "one that holds a run", "Choose another --out, or go on with --resume.")
+    there = [name for name in _PROGRESS if (out / name).exists()]
+    if there and not resume:
+        fix = "Choose another --out" + (", or go on with --resume." if path.exists() else ".")
+        got = "one that holds a run" if path.exists() else f"one that holds a {there[0]}"
+        raise bad(f"{out}", "a new directory", got, fix)
     if any((out / name).exists() for name in _HEAD):
         raise bad(
             f"{out}", "a new directory", "one that holds a head, which a run would spoil", "Choose another --out."

@@ -131,7 +131,7 @@ class Watch:
     def _drop(self, now: float) -> str:
         if now >= self.best - self.yardstick.slack(self.best, self.episodes):
             return ""
-        name, digits = self.yardstick.name, self.yardstick.digits
+        name, digits = self.yardstick.name, self.yardstick.digits(self.best)
         return (
             f"validation {name} fell to {now:.{digits}f} from its best, {self.best:.{digits}f}. The best head is the "
             "one saved; lower sac.actor_lr or train.gradient_steps if it does not come back."
@@ -140,7 +140,7 @@ class Watch:
     def _stuck(self, steps: float, first: float) -> str:
         if not self.env_steps / 2 <= steps < self.env_steps or self.seen < 2 or self.yardstick.risen(self.best, first):
             return ""
-        best = f"{self.best:.{self.yardstick.digits}f}"
+        best = f"{self.best:.{self.yardstick.digits(self.best)}f}"
         return (
             f"half of the steps are used and validation {self.yardstick.name} has not risen (best {best}). "
             f"{self.yardstick.search}"

@@ -126,6 +126,11 @@ def test_options_may_stand_before_the_recipe(capsys):
         (["pretrain", "demo", "--out", "x"], "got one to steer by. Use: dsrl-vla train."),
         (["train", "demo", "--train.env_steps", "10"], "train.env_steps: expected more than the 300 decisions"),
         (["train", "demo", "--offline.source", "x.npz"], "offline.source: expected algorithm na or na-exact"),
+        (["train", "demo", "--head.network.heads", "0"], "network.heads: expected 1 or more, got 0"),
+        (["train", "demo", "--head.image_size", "8"], "head.image_size: expected 15 or more, got 8"),
+        (["train", "demo", "--eval.video_episodes", "-1"], "eval.video_episodes: expected 0 or more, got -1"),
+        (["search", "demo", "--eval-episodes", "0"], "search --eval-episodes: expected 1 or more, got 0"),
+        (["preflight", "demo", "--best-of", "1"], "2 draws or more to choose from"),
     ],
 )
 def test_what_is_wrong_with_an_option_is_said_at_once(argv, words, capsys, tmp_path, monkeypatch):

@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -133,7 +134,7 @@ def test_what_a_layout_alone_solves_is_worth_steering(fork_base):
 
 
 def test_preflight_says_when_episodes_may_have_been_too_short(fork_base):
-    config = PreflightConfig(episodes=4, best_of=1, layouts=("repeat",), bounds=(1.5,))
+    config = PreflightConfig(episodes=4, best_of=2, layouts=("repeat",), bounds=(1.5,))
     with VectorTask(TaskConfig("point:fork", 4, 4), 4) as task:
         advice = preflight(fork_base, task, config)["recommendation"]
     assert advice["words"].startswith("No episode ended before task.max_episode_steps 4: does the task need more?")
@@ -144,6 +145,18 @@ def test_preflight_asks_for_something_to_measure():
         PreflightConfig(episodes=0)
     with pytest.raises(DsrlError, match="at least one of each"):
         PreflightConfig(layouts=())
+    with pytest.raises(DsrlError, match="2 draws or more to choose from"):
+        PreflightConfig(best_of=1)
+    with pytest.raises(DsrlError, match="bounds: expected above 0, got -1"):
+        PreflightConfig(bounds=(1.0, -1.0))
+
+
+def test_a_task_with_few_initial_states_is_not_evaluated_on_more_episodes(fork_base, head):
+    with VectorTask(FORK, 4) as task:
+        task.infos = [replace(info, scenes=6) for info in task.infos]
+        with pytest.raises(DsrlError, match="at most 6, for 'point:fork' has no more initial states .* got 7"):
+            evaluate(fork_base, head, task, 7)
+        assert evaluate(fork_base, head, task, 6, controls=False)["scenes"] == 6
 
 
 def test_success_is_a_share():

@@ -162,6 +162,16 @@ def test_returns_are_measured_with_bootstrap_intervals():
     assert paired_difference(low, high)["mean"] == 1000.0
 
 
+def test_small_returns_are_not_rounded_away():
+    found, zero = episodes(*(np.linspace(0.3, 0.45, 100))), episodes(*np.zeros(100))
+    low, high = found.to_json()["ci95"]
+    assert 0.36 < low < found.mean < high < 0.39
+    assert shown(found.to_json()) == ("0.375", f"[{low:.3f}, {high:.3f}]")
+    written = {"base": zero.to_json(), "difference": paired_difference(zero, found)}
+    assert shown_gain(written)[0] == "+0.375"
+    assert shown(episodes(3128.2, 3151.1, 3182.0).to_json())[0] == "3154"
+
+
 def test_the_watch_judges_a_return_by_its_own_scale():
     rows = lambda *values: [{"env_steps": 1000 * (i + 1), "validation_return": v} for i, v in enumerate(values)]
     watch = Watch(-0.5, 10, 10_000, YARDSTICKS["return"])

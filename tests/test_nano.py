@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -5,7 +7,7 @@ import yaml
 from dsrl_vla import load_base
 from dsrl_vla.cli import main
 from dsrl_vla.errors import DsrlError, UnknownNameError
-from dsrl_vla.nano.clone import CloneConfig, clone
+from dsrl_vla.nano.clone import CloneConfig, Sampler, clone
 from dsrl_vla.nano.demos import DemoConfig, collect
 from dsrl_vla.nano.model import NanoConfig, build_tokenizer
 
@@ -42,6 +44,22 @@ def test_cloning_lowers_the_loss_and_repeats(demos):
         runs.append(model.state_dict())
     assert np.mean(losses[80:100]) < 0.8 * np.mean(losses[:5])
     assert all(torch.equal(runs[0][k], runs[1][k]) for k in runs[0])
+
+
+def test_nobody_is_taught_to_hold_still_at_its_own_prompt(demos):
+    same = replace(demos, task=np.arange(len(demos)) % 3, prompts=("open", "push", "open"))
+    sampler = Sampler(same, 4, 0.5, np.random.default_rng(0))
+    still = told = 0
+    for _ in range(40):
+        rows = np.random.default_rng()  # the sampler's own next rows, looked at before it draws them
+        rows.bit_generator.state = sampler.rng.bit_generator.state
+        own = [same.prompts[i] for i in same.task[rows.integers(len(same), size=64)]]
+        observations, actions, _ = sampler(64)
+        held = (actions[:, :, :-1] == 0).all(2).all(1).numpy()
+        other = np.array([a != b for a, b in zip(own, observations["task"], strict=True)])
+        assert (held | ~other).all()
+        still, told = still + (held & ~other).sum(), told + other.sum()
+    assert told > 500 and still < told / 10
 
 
 def test_the_tokenizer_tells_the_tasks_apart():

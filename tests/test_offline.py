@@ -223,6 +223,10 @@ def test_the_recorder_draws_as_the_base_or_as_a_head_would(fork_recipe, tmp_path
     assert in_layout == (noise != "base")
     assert all((one == one[0]).all() for one in drawn) == (noise == "held")
     assert (drawn[0][0] != drawn[1][0]).any()
+    more = [*more, "--noise", noise, "--episodes", "2", "--skip", "2"]
+    assert main(["record", str(fork_recipe), "--out", str(tmp_path / "more.npz"), *more]) == 0
+    third, fourth = (episode["noise"] for episode in read_episodes(OfflineConfig(str(tmp_path / "more.npz"))))
+    assert np.array_equal(third, drawn[2]) and not np.array_equal(fourth[0], drawn[0][0])
 
 
 def test_the_base_as_it_ships_is_recorded_whatever_the_layout(fork_recipe, tmp_path):

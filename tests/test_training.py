@@ -168,6 +168,12 @@ def test_the_warm_up_lasts_until_there_is_something_to_learn_from(fork_folder, t
     assert train(recipe, tmp_path / "run", evaluate_after=False).head
 
 
+def test_a_camera_that_the_task_lacks_is_refused_at_once(fork_folder, tmp_path):
+    recipe = load_recipe("drawer-open", short(fork_folder) | {"head": {"cameras": ["wrist"]}})
+    with pytest.raises(DsrlError, match=r"head.cameras: expected cameras of the task 'point:fork' .* got 'wrist'"):
+        train(recipe, tmp_path / "run")
+
+
 def test_a_run_that_ends_before_it_has_learnt_is_an_error(fork_folder, tmp_path):
     recipe = load_recipe("drawer-open", short(fork_folder, env_steps=600, learning_starts=500))
     wanted = r"more than the 500 decisions of train.learning_starts, got \d+ decisions: nothing has been learnt"

@@ -47,7 +47,7 @@ def init_recipe(argv: list[str]) -> int:
     args = tyro.cli(InitArgs, prog="dsrl-vla init-recipe", args=argv)
     import json
 
-    from ..errors import bad
+    from ..errors import DsrlError, bad
     from ..first_recipe import first_recipe
     from ..recipe import load_recipe
     from ..run_dir import write_text
@@ -55,7 +55,11 @@ def init_recipe(argv: list[str]) -> int:
     if args.out.suffix != ".yaml" or args.out.exists():
         raise bad(f"{args.out}", "a new file that ends in .yaml", "one that exists" if args.out.exists() else args.out)
     write_text(args.out, first_recipe(args.preflight, args.out.stem))
-    load_recipe(args.out)
+    try:
+        load_recipe(args.out)
+    except DsrlError:  # a second try is to start anew
+        args.out.unlink()
+        raise
     advice = json.loads(args.preflight.read_text())["recommendation"]
     print(f"written: {args.out}")
     print(f"next: dsrl-vla train {args.out}" if advice["worth_steering"] else f"before you train: {advice['words']}")

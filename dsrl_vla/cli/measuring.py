@@ -68,6 +68,8 @@ class RecordArgs:
     out: Path
     """The .npz file to write; see dsrl_vla.offline_sources for its format."""
     episodes: int = 50
+    skip: int = 0
+    """Pass over so many: for more data than were recorded before, and not the same again."""
     noise: Literal["base", "layout", "held"] | None = None
     """Who picks the noise. base, the default: the base as it ships. layout: drawn in the recipe's layout and bound at
     every decision, which is what a head explores with. held: drawn so once per episode and held, so that how an
@@ -83,13 +85,12 @@ def run_preflight(argv: list[str]) -> int:
     from tqdm import tqdm
 
     from ..rollout import VectorTask
-    from ..run_dir import make_folder, write_json
+    from ..run_dir import write_json
     from ..steerability import PreflightConfig, preflight
     from ..tables import print_preflight
 
-    out = args.out or Path("runs") / f"{recipe.name}-preflight"
-    make_folder(out)
     config = PreflightConfig(args.episodes, args.best_of, args.layouts, args.bounds, recipe.noise.columns)
+    out = _new(args.out or Path("runs") / f"{recipe.name}-preflight")
     base = recipe.base.load()
     total = config.total_episodes(base) * len(recipe.task.uris)
     with (
@@ -102,7 +103,7 @@ def run_preflight(argv: list[str]) -> int:
             bar.update()
 
         result = preflight(base, task, config, tick)
-    result["recipe"] = {"base": asdict(recipe.base), "task": asdict(recipe.task)}
+    result["recipe"] = {"base": asdict(recipe.base), "task": asdict(recipe.task), "columns": recipe.noise.columns}
     write_json(out / "preflight.json", result)
     print_preflight(result)
     print(f"written: {out / 'preflight.json'}")
@@ -156,13 +157,14 @@ def run_search(argv: list[str]) -> int:
 
     from ..noise_search import SearchConfig, evaluate_ticket, search_ticket
     from ..rollout import VectorTask
-    from ..run_dir import make_folder, write_json
+    from ..run_dir import write_json
 
     config = SearchConfig(args.candidates, args.episodes, args.seed)
     tasks = len(recipe.task.uris)
     envs = min(args.episodes * tasks, recipe.task.num_envs)
-    out = args.out or Path("runs") / f"{recipe.name}-ticket"
-    make_folder(out)
+    if args.eval_episodes < 1:
+        raise bad("search --eval-episodes", "1 or more", args.eval_episodes)
+    out = _new(args.out or Path("runs") / f"{recipe.name}-ticket")
     base = recipe.base.load()
     layout = recipe.noise.over(base.spec.noise)
     with (
@@ -186,6 +188,17 @@ def run_search(argv: list[str]) -> int:
     return 0
 
 
+def _new(out: Path) -> Path:
+    """A directory for results that holds none yet, made."""
+    from ..run_dir import make_folder
+
+    results = ("recipe.yaml", "preflight.json", "ticket.json", "eval.json")
+    if there := [name for name in results if (out / name).exists()]:
+        raise bad(f"{out}", "a new directory", f"one that holds a {there[0]}", "Choose another --out.")
+    make_folder(out)
+    return out
+
+
 def run_record(argv: list[str]) -> int:
     """Record rollouts as offline data."""
     args, rest = parse(RecordArgs, argv, "record")
@@ -202,6 +215,8 @@ def run_record(argv: list[str]) -> int:
 
     if args.out.suffix != ".npz" or args.out.exists():
         raise bad(f"{args.out}", "a new file that ends in .npz", "one that exists" if args.out.exists() else args.out)
+    if args.skip < 0:
+        raise bad("record --skip", "0 or more", args.skip)
     if args.run and args.noise:
         raise bad("record", "--noise or --run", f"both, --noise {args.noise} and --run {args.run}")
     make_folder(args.out.parent)
@@ -215,7 +230,7 @@ def run_record(argv: list[str]) -> int:
         source = LayoutNoise(recipe.noise.over(base.spec.noise))
     elif args.noise == "held":
         source = HeldNoise(recipe.noise.over(base.spec.noise))
-    numbers, won = seeds.block(seeds.RECORDING, args.episodes), []
+    numbers, won = seeds.block(seeds.RECORDING + args.skip, args.episodes), []
     with tqdm(total=args.episodes * len(recipe.task.uris), unit="episode", desc="recording", disable=None) as bar:
 
         def tick(episode: Any) -> None:

@@ -88,6 +88,7 @@ class Sampler:
         actions, task = d.actions[ahead], d.task[rows].copy()
         wait = (rng.random(size) < self.wait_share) & (len(d.prompts) > 1)
         task[wait] = (task[wait] + rng.integers(1, max(2, len(d.prompts)), wait.sum())) % len(d.prompts)
+        wait &= np.array([d.prompts[i] != d.prompts[j] for i, j in zip(task, d.task[rows], strict=True)])
         actions[wait, :, :-1] = 0.0
         actions[wait, :, -1] = actions[wait, :1, -1]  # the gripper, which holds what it holds
         observations = {

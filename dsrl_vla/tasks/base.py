@@ -34,6 +34,8 @@ class TaskInfo:
     """Least and greatest reward of a step: what bounds a value estimate."""
     measure: Measured = "success"
     """What counts: the share of episodes that succeed or, where nothing is a success, their return."""
+    scenes: int | None = None
+    """How many episodes there are that begin differently, whatever the seed; None: as many as seeds."""
     live: bool = False
     """Whether an operator stands beside it; see `dsrl_vla.tasks.live`."""
 

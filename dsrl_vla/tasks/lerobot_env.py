@@ -117,6 +117,7 @@ class LeRobotTask(TaskEnv):
             state_dim=len(first[STATE]),
             action_dim=space.shape[0],
             cameras=cameras,
+            scenes=_scenes(self.env),
         )
         self.build_spaces()
         self.action_space = gym.spaces.Box(space.low.astype(np.float32), space.high.astype(np.float32))
@@ -163,6 +164,12 @@ def _batched(observation: Any) -> Any:
     if isinstance(observation, dict):
         return {key: _batched(value) for key, value in observation.items()}
     return np.asarray(observation)[None]
+
+
+def _scenes(env: Any) -> int | None:
+    """How many initial states LIBERO has of a task, and begins with in turn; other environments draw theirs."""
+    states = getattr(getattr(env, "unwrapped", env), "_init_states", None)
+    return None if states is None else len(states)
 
 
 def _prompt(env: Any) -> str:

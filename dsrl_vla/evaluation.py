@@ -147,11 +147,17 @@ def evaluate(
         ``{"task", "episodes", "seeds", "base", "steered", "steered_stochastic", "controls", "difference"}``;
         success in [0, 1], or return, ``ci95`` as [low, high]. Of several tasks: all their episodes pooled, and each
         task on its own under ``tasks``.
+
+    Raises:
+        DsrlError: `known` is of other episodes, or the task has not so many. MismatchError: the head is for another base.
     """
     check_pair(head.config, base)
     for info in task.infos:
         check_scenes(info, episodes)
     seeds = seed_ranges.block(first_seed, episodes)
+    for name, other in (known or {}).items():
+        if [episode.seed for episode in other.episodes] != [*seeds] * len(task.config.uris):
+            raise bad(f"known, '{name}'", f"episodes of the seeds {seeds[0]} to {seeds[-1]}, to be paired", "others")
     found = dict(known or measure_base(base, task, head.layout, seeds, controls, on_episode))
     head.eval()
     steered = measure(base, task, HeadNoise(head), seeds, on_episode=on_episode)

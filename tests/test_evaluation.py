@@ -65,6 +65,8 @@ def test_evaluation_is_paired_seeded_and_repeatable(fork_base, head):
         one = evaluate(fork_base, head, task, episodes=12)
         known = measure_base(fork_base, task, head.layout, list(range(300_000, 300_012)), controls=True)
         two = evaluate(fork_base, head, task, episodes=12, known=known)
+        with pytest.raises(DsrlError, match="known, 'base': expected episodes of the seeds 300000 to 300003"):
+            evaluate(fork_base, head, task, episodes=4, known=known)
     assert one == two
     assert one["seeds"] == [300_000, 300_011]
     assert set(one["controls"]) == {"zero", "clipped", "layout"}

@@ -149,7 +149,8 @@ def evaluate(
         task on its own under ``tasks``.
 
     Raises:
-        DsrlError: `known` is of other episodes, or the task has not so many. MismatchError: the head is for another base.
+        DsrlError: `known` is of other episodes, or the task has not so many episodes. MismatchError: the head is for
+            another base.
     """
     check_pair(head.config, base)
     for info in task.infos:

@@ -62,7 +62,8 @@ def run_episodes(
     while len(table.done) < table.total:
         sound = seen_rows(observations)
         if not sound.all() and not task.info.live:  # the base refuses it, and is to go on for the others
-            observations = {**observations, STATE: np.where(sound[:, None], observations[STATE], 0)}
+            state = np.where(sound[:, None], observations[STATE], np.float32(0))
+            observations = {**observations, STATE: state}
         if task.driven:
             result = task.step(None)
         else:

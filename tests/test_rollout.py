@@ -105,6 +105,23 @@ def collector(fork_base):
         yield Collector(fork_base, head, task, replay, sac=SACConfig(gamma=0.9, n_step=1), first_seed=0)
 
 
+def test_a_collector_that_is_resumed_counts_no_fault_twice(collector, monkeypatch):
+    """It is made, and plays its first resets, before it is set to where it was."""
+    observe, begin = Fork.observe, Fork.begin
+    monkeypatch.setattr(Fork, "begin", lambda self, seed: begin(self, seed) or setattr(self, "ill", seed == 1))
+    ill = lambda seen: seen | {"observation.state": np.full_like(seen["observation.state"], np.nan)}
+    monkeypatch.setattr(Fork, "observe", lambda self: ill(observe(self)) if self.ill else observe(self))
+    make = lambda: Collector(
+        collector.base, collector.head, collector.task, Replay(500, (1, 2)), sac=collector.sac, first_seed=0
+    )
+    first = make()
+    first.step(warm_up=True)
+    tensors, state = first.tensors(), first.state()
+    again = make()
+    again.resume(tensors, state)
+    assert first.faults.counts == again.faults.counts == {"reset": 1} and first.episodes == again.episodes == 5
+
+
 def test_collected_transitions_are_linked(collector):
     """The next observation of a transition is what the next decision of that episode saw."""
     for step in range(60):

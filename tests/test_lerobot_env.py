@@ -55,6 +55,11 @@ def test_liberos_initial_states_go_by_the_seed(task, monkeypatch):
         task.begin(seed)
         inner.init_state_id += 1  # as LIBERO's reset does
     assert begun == [7, 8, 7]
+    from dsrl_vla.tasks.lerobot_env import _scenes
+
+    assert task.info.scenes is None
+    monkeypatch.setattr(inner, "_init_states", [0] * 50, raising=False)
+    assert _scenes(task.env) == 50  # however many seeds there are
 
 
 def test_a_chunk_stops_at_the_limit_and_frames_are_for_people(task):

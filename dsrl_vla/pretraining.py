@@ -14,6 +14,7 @@ import yaml
 from tqdm import tqdm
 
 from . import seeds as seed_ranges
+from .bases import load_base
 from .entry_points import load
 from .errors import at_least, bad
 from .evaluation import measure
@@ -29,6 +30,8 @@ from .run_dir import make_folder, write_json, write_text
 from .sources import PriorNoise
 
 GROUP = "dsrl_vla.architectures"
+_CLONED = "cloned.json"
+"""There while a base has been cloned and not yet measured: what measuring needs to know."""
 
 
 @dataclass(frozen=True)
@@ -68,13 +71,31 @@ def load_pretrain_recipe(source: str | Path) -> PretrainRecipe:
 def pretrain(recipe: PretrainRecipe, out: Path) -> FrozenPolicy:
     """Clone a nano base and measure it; leave a Hub-format folder at `out`.
 
+    A base that had been cloned when this was broken off is measured.
+
     Raises:
         DsrlError: `out` already holds a base, an unknown task or architecture, or tasks too wide for the model.
     """
-    if (out / "config.json").exists():
-        raise bad(str(out), "a new folder", "one that holds a base")
-    make_folder(out)
     torch.set_num_threads(recipe.threads)
+    text, cloned = yaml.safe_dump(json.loads(json.dumps(asdict(recipe))), sort_keys=False), out / _CLONED
+    if cloned.exists() and (out / "pretrain.yaml").read_text() == text:
+        base = load_base(json.loads(cloned.read_text())["uri"])
+    elif (out / "config.json").exists():
+        raise bad(str(out), "a new folder", "one that holds a base")
+    else:
+        make_folder(out)
+        base, demos = _clone(recipe, out)
+        write_text(out / "pretrain.yaml", text)
+        found = {"uri": base.spec.uri, "prompts": demos.prompts, "expert_success": demos.expert_success}
+        write_json(cloned, found)
+    known = json.loads(cloned.read_text())
+    write_results(out, recipe, base, tuple(known["prompts"]), known["expert_success"])
+    cloned.unlink()
+    return base
+
+
+def _clone(recipe: PretrainRecipe, out: Path) -> tuple[FrozenPolicy, Demos]:
+    """Demonstrations, and a base cloned from them, written to `out`."""
     with tqdm(
         total=len(recipe.demos.tasks) * recipe.demos.episodes, desc="demonstrations", unit="episode", disable=None
     ) as bar:
@@ -87,9 +108,7 @@ def pretrain(recipe: PretrainRecipe, out: Path) -> FrozenPolicy:
             bar.set_postfix({k: f"{v:.3f}" for k, v in losses.items()}, refresh=False)
 
         base = load(GROUP, "architecture", recipe.architecture)(demos, recipe.clone, recipe.model, out, report)
-    write_text(out / "pretrain.yaml", yaml.safe_dump(json.loads(json.dumps(asdict(recipe))), sort_keys=False))
-    write_results(out, recipe, base, demos)
-    return base
+    return base, demos
 
 
 def check_widths(model: NanoConfig, demos: Demos) -> None:
@@ -98,13 +117,14 @@ def check_widths(model: NanoConfig, demos: Demos) -> None:
     at_least(demos.states.shape[1], model, "model", "max_state_dim")
 
 
-def write_results(out: Path, recipe: PretrainRecipe, base: FrozenPolicy, demos: Demos) -> dict[str, Any]:
+def write_results(
+    out: Path, recipe: PretrainRecipe, base: FrozenPolicy, prompts: tuple[str, ...], expert_success: dict[str, float]
+) -> None:
     """Measure a base; write ``eval.json`` and the model card."""
-    results = measure_nano(base, recipe, demos.prompts)
-    results["demonstrations_success"] = demos.expert_success
+    results = measure_nano(base, recipe, prompts)
+    results["demonstrations_success"] = expert_success
     write_json(out / "eval.json", results)
     write_text(out / "README.md", model_card(recipe, results, base))
-    return results
 
 
 class Swapped(FrozenPolicy):

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from dsrl_vla import load_base
+from dsrl_vla import load_base, pretraining
 from dsrl_vla.cli import main
 from dsrl_vla.errors import DsrlError, UnknownNameError
 from dsrl_vla.nano.clone import CloneConfig, Sampler, clone
@@ -71,7 +71,10 @@ def test_the_tokenizer_tells_the_tasks_apart():
     assert tokenizer.unk_token_id not in {i for ids in encoded for i in ids}
 
 
-def test_pretrain_leaves_a_base_that_loads(tmp_path):
+def test_pretrain_leaves_a_base_that_loads_and_measures_one_that_was_not(tmp_path, monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
     recipe = {
         "name": "tiny", "demos": {"tasks": ["metaworld:drawer-open-v3"], "episodes": 2, "max_episode_steps": 24},
         "clone": {"steps": 5, "batch": 8, "draws": 2}, "episodes": 2,
@@ -79,7 +82,13 @@ def test_pretrain_leaves_a_base_that_loads(tmp_path):
     }  # fmt: skip
     path, out = tmp_path / "tiny.yaml", tmp_path / "base"
     path.write_text(yaml.safe_dump(recipe))
-    assert main(["pretrain", str(path), "--out", str(out)]) == 0
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(pretraining, "measure_nano", interrupted)
+        pretraining.pretrain(pretraining.load_pretrain_recipe(str(path)), out)
+    assert not (out / "eval.json").exists()
+    weights = (out / "model.safetensors").read_bytes()
+    assert main(["pretrain", str(path), "--out", str(out)]) == 0  # measures what was cloned
+    assert (out / "model.safetensors").read_bytes() == weights and not (out / "cloned.json").exists()
     base = load_base(f"nano:{out}")
     assert base.spec.noise.shape == (8, 8) and base.spec.noise.live == (True,) * 4 + (False,) * 4
     card = (out / "README.md").read_text()

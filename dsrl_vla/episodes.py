@@ -8,9 +8,10 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from .errors import bad
 from .faults import Faults, seen_rows
 from .noise import generators
-from .observation import STATE
+from .observation import STATE, Observations
 from .policy import FrozenPolicy
 from .rollout import ChunkResult, VectorTask
 from .sources import NoiseSource
@@ -55,72 +56,92 @@ def run_episodes(
     no success of the policy's. A simulator's state that is not finite ends its episode, which is no success either.
 
     Raises:
-        TooManyFaultsError: `faults`, or twenty by default, ended so. DsrlError: a robot's state is not finite.
+        TooManyFaultsError: `faults`, or twenty by default, ended so. DsrlError: a robot's state is not finite, or one
+            of a task that is measured by its return.
     """
-    faults, table, executed = faults or Faults(), _Table(task, seeds, trial), base.spec.executed_steps
-    observations = task.reset(table.first)
-    while len(table.done) < table.total:
-        sound = seen_rows(observations)
-        if not sound.all() and not task.info.live:  # the base refuses it, and is to go on for the others
-            state = np.where(sound[:, None], observations[STATE], np.float32(0))
-            observations = {**observations, STATE: state}
+    table, executed = _Table(task, seeds, trial, on_episode, faults or Faults()), base.spec.executed_steps
+    observations = table.start()
+    while table.left:
         if task.driven:
             result = task.step(None)
         else:
             encoding = base.encode(observations)
             result = task.step(source.actions(base, observations, encoding, table.streams)[:, 0, :executed].numpy())
-        observations = result.observations
-        table.add(result)
-        if (over := result.done | ~sound).any():
-            fresh: list[int | None] = [None] * len(over)
-            for i in map(int, np.flatnonzero(over)):
-                if not sound[i] and table.now[i] is not None:
-                    faults.add("episode", f"episode of seed {table.now[i]}: an observation that is not finite")
-                if not result.void[i] and (episode := table.close(i, bool(result.success[i] and sound[i]))):
-                    on_episode(episode)
-                fresh[i] = table.begin(i)
-            if len(table.done) < table.total:
-                observations = task.reset(fresh, resting=[seed is None for seed in table.now])
+        observations = table.after(result)
     return [table.done[uri, seed] for uri in task.config.uris for seed in seeds]
 
 
 class _Table:
     """Which episode every environment plays, how far it is, and how those that are over went."""
 
-    def __init__(self, task: VectorTask, seeds: Sequence[int], trial: int):
-        self.task, self.trial = task, trial
+    def __init__(
+        self, task: VectorTask, seeds: Sequence[int], trial: int, on_episode: Callable[[Episode], None], faults: Faults
+    ):
+        self.task, self.trial, self.on_episode, self.faults = task, trial, on_episode, faults
         self.queues = {uri: list(seeds) for uri in task.config.uris}
-        self.total = len(seeds) * len(self.queues)
+        self.left = len(seeds) * len(self.queues)
+        """Episodes that are not over."""
         self.done: dict[tuple[str, int], Episode] = {}
         count = task.config.num_envs
         self.now = [self._take(i) for i in range(count)]
         """Every environment's seed; None: it has nothing to play."""
         self.first = [seeds[0] if seed is None else seed for seed in self.now]
-        """Of the first reset, which is everybody's."""
         self.streams = episode_generators(self.first, trial)
         self.steps, self.rewards, self.helped = np.zeros(count, int), np.zeros(count), np.zeros(count, bool)
+
+    def start(self) -> Observations:
+        """Begin everywhere; return what is observed."""
+        observations = self.task.reset(self.first)
+        return self._go_on(observations, self._lost(~seen_rows(observations)))
+
+    def after(self, result: ChunkResult) -> Observations:
+        """Count a chunk in every environment, and begin anew where an episode is over; return what is observed."""
+        self.steps += result.steps
+        self.rewards += np.nan_to_num(result.rewards, nan=0.0, posinf=0.0, neginf=0.0).sum(1)
+        self.helped |= result.human
+        lost = self._lost(~np.isfinite(result.rewards).all(1) | ~(result.done | seen_rows(result.observations)))
+        for i in map(int, np.flatnonzero(result.done & ~lost & ~result.void)):
+            self._close(i, bool(result.success[i] and not self.helped[i]))
+        return self._go_on(result.observations, result.done | lost)
+
+    def _go_on(self, observations: Observations, over: np.ndarray) -> Observations:
+        """Reset what is over, until all that play see something finite."""
+        while self.left and over.any():
+            fresh = [self._begin(i) if ended else None for i, ended in enumerate(over)]
+            observations = self.task.reset(fresh, resting=[seed is None for seed in self.now])
+            over = self._lost(over & ~seen_rows(observations))
+        idle = np.array([seed is None for seed in self.now])
+        if idle.any() and not seen_rows(observations).all():  # what rests may rest in a state that bases refuse
+            state = np.where(idle[:, None], np.float32(0), observations[STATE])
+            observations = {**observations, STATE: state}
+        return observations
+
+    def _lost(self, ill: np.ndarray) -> np.ndarray:
+        """Book what is not finite and not a robot's as lost; return where that was."""
+        lost = ill & np.array([seed is not None and not self.task.info.live for seed in self.now])
+        for i in map(int, np.flatnonzero(lost)):
+            if self.task.infos[i].measure != "success":
+                words = "finite rewards and observations, for its return is measured"
+                raise bad(f"task '{self.task.uris[i]}', episode of seed {self.now[i]}", words, "NaN or infinity")
+            self.faults.add("episode", f"episode of seed {self.now[i]}: a reward or observation that is not finite")
+            self._close(i, success=False)
+        return lost
 
     def _take(self, i: int) -> int | None:
         queue = self.queues[self.task.uris[i]]
         return queue.pop(0) if queue else None
 
-    def add(self, result: ChunkResult) -> None:
-        """Count a chunk in every environment."""
-        self.steps += result.steps
-        self.rewards += result.rewards.sum(1)
-        self.helped |= result.human
-
-    def close(self, i: int, success: bool) -> Episode | None:
+    def _close(self, i: int, success: bool) -> None:
         """Book the episode that environment i has ended, if it played one, and let it take the next."""
         seed, uri = self.now[i], self.task.uris[i]
         self.now[i] = self._take(i)
-        if seed is None:
-            return None
-        success, steps, reward = success and not self.helped[i], int(self.steps[i]), float(self.rewards[i])
-        self.done[uri, seed] = Episode(seed, bool(success), steps, reward, uri, self.task.infos[i].measure)
-        return self.done[uri, seed]
+        if seed is not None:
+            steps, reward = int(self.steps[i]), float(self.rewards[i])
+            self.done[uri, seed] = Episode(seed, success, steps, reward, uri, self.task.infos[i].measure)
+            self.left -= 1
+            self.on_episode(self.done[uri, seed])
 
-    def begin(self, i: int) -> int | None:
+    def _begin(self, i: int) -> int | None:
         """The seed that environment i is to be reset with, from the start; None: it rests."""
         self.steps[i], self.rewards[i], self.helped[i] = 0, 0.0, False
         if (seed := self.now[i]) is not None:

@@ -117,15 +117,29 @@ def evaluation_episodes(task: TaskConfig, episodes: int, controls: bool, known: 
     return (3 + 3 * controls - known) * episodes * len(task.uris)
 
 
-def check_scenes(info: TaskInfo, episodes: int) -> None:
-    """Refuse to evaluate on more episodes than there are: intervals would take each for several.
+def check_scenes(infos: Sequence[TaskInfo], episodes: int) -> None:
+    """Refuse to measure on more episodes than there are: intervals would take each for several.
 
     Raises:
         DsrlError: so it is.
     """
-    if info.scenes and episodes > info.scenes:
-        words = f"at most {info.scenes}, for '{info.uri}' has no more initial states and would count them again"
-        raise bad("eval.episodes", words, episodes)
+    for info in infos:
+        if info.scenes and episodes > info.scenes:
+            words = f"at most {info.scenes}, for '{info.uri}' has no more initial states and would count them again"
+            raise bad("episodes", words, episodes)
+
+
+def check_known(known: Mapping[str, Measure] | None, seeds: Sequence[int], uris: Sequence[str]) -> None:
+    """Refuse measures of other episodes than one of each of these seeds and tasks.
+
+    Raises:
+        DsrlError: they are.
+    """
+    wanted = [(uri, seed) for uri in uris for seed in seeds]
+    for name, found in (known or {}).items():
+        if [(episode.task, episode.seed) for episode in found.episodes] != wanted:
+            words = f"episodes of the seeds {seeds[0]} to {seeds[-1]} of {', '.join(uris)}, to be paired"
+            raise bad(f"known, '{name}'", words, "others")
 
 
 def evaluate(
@@ -153,12 +167,9 @@ def evaluate(
             another base.
     """
     check_pair(head.config, base)
-    for info in task.infos:
-        check_scenes(info, episodes)
+    check_scenes(task.infos, episodes)
     seeds = seed_ranges.block(first_seed, episodes)
-    for name, other in (known or {}).items():
-        if [episode.seed for episode in other.episodes] != [*seeds] * len(task.config.uris):
-            raise bad(f"known, '{name}'", f"episodes of the seeds {seeds[0]} to {seeds[-1]}, to be paired", "others")
+    check_known(known, seeds, task.config.uris)
     found = dict(known or measure_base(base, task, head.layout, seeds, controls, on_episode))
     head.eval()
     steered = measure(base, task, HeadNoise(head), seeds, on_episode=on_episode)

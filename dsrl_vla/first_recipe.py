@@ -56,6 +56,7 @@ def _fill(report: dict[str, Any], source: str, name: str) -> str:
         layout=advice["layout"],
         bound=f"{advice['bound']:g}",
         env_steps=steps,
+        eval_episodes=min(100, report.get("scenes", 100)),
         validate_every=steps // 6,
         checkpoint_every=steps // 10,
     )

@@ -17,8 +17,9 @@ _SIGNALS = (*_TERMINAL, signal.SIGTERM)
 
 def ignore_terminal() -> None:
     """In a process that helps another: the other hears the terminal too, and says when to stop."""
-    for number in _TERMINAL:
-        signal.signal(number, signal.SIG_IGN)
+    if threading.current_thread() is threading.main_thread():  # outside it Python sets none
+        for number in _TERMINAL:
+            signal.signal(number, signal.SIG_IGN)
 
 
 @contextlib.contextmanager

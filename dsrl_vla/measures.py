@@ -118,6 +118,11 @@ class Success(Yardstick):
         return best > first + 0.05 or best >= 0.9
 
 
+def _magnitude(number: float) -> int:
+    """Which power of ten a number begins with; 2 for zero and what is not finite."""
+    return math.floor(math.log10(abs(number))) if number and math.isfinite(number) else 2
+
+
 class Return(Yardstick):
     """The sum of an episode's rewards."""
 
@@ -125,11 +130,10 @@ class Return(Yardstick):
     search = "Set noise.layout and noise.bound in the recipe, and compare their runs."
 
     def digits(self, about):
-        size = abs(about) if math.isfinite(about) else 0.0
-        return max(0, 2 - math.floor(math.log10(size))) if size > 1e-6 else 0
+        return max(0, 2 - _magnitude(about))
 
     def kept(self, end):
-        return float(f"{end:.6g}")
+        return round(end, max(1, 5 - _magnitude(end)))
 
     def score(self, episode):
         return episode.reward

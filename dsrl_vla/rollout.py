@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
-import multiprocessing
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -21,6 +21,7 @@ from .tasks.live import VOID
 
 log = logging.getLogger(__name__)
 VectorMode = Literal["sync", "async"]
+_GRACE_S = 5.0
 
 
 @dataclass(frozen=True)
@@ -51,9 +52,9 @@ def _make_chunked(uri: str, max_episode_steps: int, chunk: int) -> ChunkEnv:
     return make_task(uri, max_episode_steps=max_episode_steps).chunked(chunk)
 
 
-def _make_apart(*options: Any) -> ChunkEnv:
-    """As `_make_chunked`, in a process of its own: what a terminal tells its processes is the learner's to obey."""
-    if multiprocessing.parent_process():  # gymnasium makes one here, too, to see its spaces
+def _make_apart(learner: int, *options: Any) -> ChunkEnv:
+    """As `_make_chunked`, in a process of its own: what a terminal tells its processes is the `learner`'s to obey."""
+    if os.getpid() != learner:  # where gymnasium makes one, too, to see its spaces
         ignore_terminal()
     return _make_chunked(*options)
 
@@ -98,7 +99,7 @@ class VectorTask:
     def __init__(self, config: TaskConfig, chunk: int):
         self.config, self.chunk = config, chunk
         self.uris = [config.uris[i % len(config.uris)] for i in range(config.num_envs)]
-        how = _make_chunked if config.vector == "sync" else _make_apart
+        how = _make_chunked if config.vector == "sync" else functools.partial(_make_apart, os.getpid())
         make = [functools.partial(how, uri, config.max_episode_steps, chunk) for uri in self.uris]
         vector = SyncVectorEnv if config.vector == "sync" else functools.partial(AsyncVectorEnv, context="spawn")
         try:
@@ -193,9 +194,17 @@ class VectorTask:
             log.error("the robot could not be told to stand still: %s", error)
 
     def close(self) -> None:
-        """Close every environment; those whose process has died are closed."""
-        with contextlib.suppress(BrokenPipeError, EOFError):
+        """Close every environment; a process that has died, or does not come to its end, is ended."""
+        if self.config.vector == "sync":
             self.envs.close()
+            return
+        try:
+            with contextlib.suppress(ConnectionError, EOFError):
+                self.envs.close(timeout=_GRACE_S)
+        finally:
+            for process in self.envs.processes:
+                process.terminate()
+                process.join()
 
     def __enter__(self) -> VectorTask:
         if self.info.live:  # a signal is to leave the block, which stops the robot

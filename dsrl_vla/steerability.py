@@ -17,7 +17,7 @@ import numpy as np
 from . import seeds as seed_ranges
 from .episodes import Episode
 from .errors import bad
-from .evaluation import Measure, measure
+from .evaluation import Measure, check_scenes, measure
 from .measures import YARDSTICKS, wilson
 from .noise import NoiseLayout, NoiseSpace, generators
 from .policy import FrozenPolicy
@@ -96,6 +96,7 @@ def preflight(
         if info.measure != "success":
             measured = f"{info.uri}, measured by its {info.measure}"
             raise bad("preflight", "a task that can succeed", measured, YARDSTICKS[info.measure].search)
+    check_scenes(task.infos, config.episodes)
     observation = example(task)
     report = probe(base, observation)
     seeds = seed_ranges.block(seed_ranges.PREFLIGHT, config.episodes)
@@ -129,6 +130,7 @@ def preflight(
             "prompt_effect": report.prompt_effect,
         },
         "recommendation": advice,
+        **({"scenes": task.info.scenes} if task.info.scenes else {}),
     }
 
 

@@ -15,7 +15,7 @@ from tqdm import tqdm
 from . import seeds as seed_ranges
 from .closing import evaluate_run, settle
 from .errors import DsrlError, bad
-from .evaluation import Measure, check_scenes
+from .evaluation import Measure, check_known, check_scenes
 from .finalists import HEADS, LIST
 from .head import SteeringHead
 from .head_config import CONFIG
@@ -97,6 +97,10 @@ def train(
         task = stack.enter_context(VectorTask(recipe.task, base.spec.executed_steps)) if inline else held_out
         for info in task.infos:
             _check_task(recipe, base, info)
+        if evaluate_after:
+            check_scenes(task.infos, recipe.eval.episodes)
+            seeds = seed_ranges.block(seed_ranges.EVALUATION, recipe.eval.episodes)
+            check_known(known, seeds, recipe.task.uris)
         probe(base, example(task))
         recipe = resolve_layout(recipe, base, task, out)
         trainer = Trainer(recipe, base, task, held_out, out, team)
@@ -117,12 +121,11 @@ def train(
 
 
 def _check_task(recipe: Recipe, base: FrozenPolicy, info: TaskInfo) -> None:
-    """Refuse a task that base, head or evaluation does not fit."""
+    """Refuse a task that base or head does not fit."""
     base.check_task(info)
     if absent := [name for name in recipe.head.cameras if name not in info.cameras]:
         there = ", ".join(info.cameras) or "none"
         raise bad("head.cameras", f"cameras of the task '{info.uri}' ({there})", f"'{absent[0]}'")
-    check_scenes(info, recipe.eval.episodes)
 
 
 def _follow(team: LaunchedTeam, recipe: Recipe) -> SteeringHead:

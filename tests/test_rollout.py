@@ -1,3 +1,6 @@
+import time
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -5,6 +8,7 @@ from dsrl_vla import SteeringHead, make_task
 from dsrl_vla.collect import Collector
 from dsrl_vla.episodes import run_episodes
 from dsrl_vla.errors import DsrlError, UnknownNameError
+from dsrl_vla.faults import Faults, TooManyFaultsError
 from dsrl_vla.head import HeadConfig
 from dsrl_vla.latent_sac import SACConfig
 from dsrl_vla.networks import NetworkConfig
@@ -14,6 +18,7 @@ from dsrl_vla.rollout import TaskConfig, VectorTask
 from dsrl_vla.sources import HeadNoise, LayoutNoise, PriorNoise, ZeroNoise
 from dsrl_vla.tasks import ChunkEnv
 from dsrl_vla.tasks.point import Fork
+from dsrl_vla.workers.worker import _Noted
 
 FORK = TaskConfig("point:fork", max_episode_steps=40, num_envs=4)
 
@@ -105,6 +110,52 @@ def collector(fork_base):
         yield Collector(fork_base, head, task, replay, sac=SACConfig(gamma=0.9, n_step=1), first_seed=0)
 
 
+@pytest.mark.parametrize("how", ["waiting", "dead"])
+def test_environments_that_do_not_come_to_their_end_are_ended(how):
+    """Ctrl-C while one has answered and another has not; one that has died."""
+    task = VectorTask(TaskConfig("point:fork", 40, 2, "async"), 4)
+    task.reset([0, 1])
+    processes = list(task.envs.processes)
+    if how == "waiting":
+        task.envs.step_async(np.zeros((2, 4, 2), np.float32))
+        task.envs.parent_pipes[0].recv()
+    else:
+        processes[1].kill()
+        with pytest.raises((EOFError, ConnectionError)):
+            task.step(np.zeros((2, 4, 2), np.float32))
+    start = time.monotonic()
+    task.close()
+    assert time.monotonic() - start < 20 and not any(process.is_alive() for process in processes)
+
+
+def test_what_is_not_finite_ends_an_episode_at_once_and_a_return_is_not_made_up(fork_base, monkeypatch):
+    begin, observe, advance, stepped = Fork.begin, Fork.observe, Fork.advance, []
+
+    def ill_advance(self, action):
+        stepped.append(self.seed)
+        return (float("nan"), *advance(self, action)[1:]) if self.seed == 2 else advance(self, action)
+
+    def ill_observe(self):
+        seen = observe(self)
+        return seen | {"observation.state": seen["observation.state"] * np.nan} if self.seed == 3 else seen
+
+    monkeypatch.setattr(Fork, "begin", lambda self, seed: setattr(self, "seed", seed) or begin(self, seed))
+    monkeypatch.setattr(Fork, "advance", ill_advance)
+    monkeypatch.setattr(Fork, "observe", ill_observe)
+    prior, faults = PriorNoise(fork_base.spec.noise), Faults()
+    with VectorTask(FORK, 4) as task:
+        episodes = run_episodes(fork_base, task, prior, range(9), faults=faults)
+        assert [e.seed for e in episodes] == list(range(9)) and faults.counts == {"episode": 2}
+        assert not episodes[2].success and not episodes[3].success and episodes[2].steps == 4
+        assert np.isfinite([e.reward for e in episodes]).all()
+        assert 3 not in stepped and stepped.count(2) == 4
+        with pytest.raises(TooManyFaultsError, match="got 2 x episode"):
+            run_episodes(fork_base, task, prior, range(9), faults=Faults(2))
+        task.infos = [replace(info, measure="return") for info in task.infos]
+        with pytest.raises(DsrlError, match="episode of seed 3: expected finite rewards and observations, for its"):
+            run_episodes(fork_base, task, prior, range(9))
+
+
 def test_a_collector_that_is_resumed_counts_no_fault_twice(collector, monkeypatch):
     """It is made, and plays its first resets, before it is set to where it was."""
     observe, begin = Fork.observe, Fork.begin
@@ -120,6 +171,10 @@ def test_a_collector_that_is_resumed_counts_no_fault_twice(collector, monkeypatc
     again = make()
     again.resume(tensors, state)
     assert first.faults.counts == again.faults.counts == {"reset": 1} and first.episodes == again.episodes == 5
+    noted = _Noted(20)
+    noted.add("reset", "at a start that is undone")
+    noted.set({})
+    assert noted.take() == []
 
 
 def test_collected_transitions_are_linked(collector):

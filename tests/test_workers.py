@@ -2,9 +2,12 @@
 
 import contextlib
 import math
+import multiprocessing
 import os
 import signal
 import time
+from collections import deque
+from concurrent.futures import ProcessPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -15,6 +18,7 @@ from dsrl_vla.errors import DsrlError, MismatchError, MissingExtraError, WorkerL
 from dsrl_vla.faults import TooManyFaultsError
 from dsrl_vla.run_dir import Metrics, load_checkpoint
 from dsrl_vla.workers.crew import Crew
+from dsrl_vla.workers.links import ProcessLink
 
 BACKENDS = ["process", "ray"]
 
@@ -182,20 +186,15 @@ def test_ctrl_c_saves_whole_rounds(straight, tmp_path, monkeypatch, moment):
     assert same(tmp_path / "run", out)
 
 
-def test_ctrl_c_with_many_rounds_ordered_ends_well(fork_folder, tmp_path, monkeypatch):
-    original, calls = Crew._harvest, []
-
-    def interrupted(self, number):
-        calls.append(1)
-        if len(calls) == 12:
-            os.kill(os.getpid(), signal.SIGINT)
-        return original(self, number)
-
-    monkeypatch.setattr(Crew, "_harvest", interrupted)
-    recipe = recipe_of(fork_folder, rollout={"workers": 1, "ahead": 8})
+def test_a_worker_with_many_rounds_ordered_is_ended_at_once():
+    link = object.__new__(ProcessLink)
+    link.pool = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
+    link.pid, link.begun = link.pool.submit(os.getpid), link.pool.submit(os.getpid)
+    link.pending = deque(link.pool.submit(time.sleep, 0.2) for _ in range(12))
+    link.begun.result()
     start = time.monotonic()
-    assert train(recipe, tmp_path / "run").interrupted
-    assert time.monotonic() - start < 60
+    link.close()
+    assert time.monotonic() - start < 5
 
 
 def killer(monkeypatch, pids, at):

@@ -155,6 +155,7 @@ def run_search(argv: list[str]) -> int:
     recipe = read_recipe(args.recipe, rest)
     from tqdm import tqdm
 
+    from ..evaluation import check_scenes
     from ..noise_search import SearchConfig, evaluate_ticket, search_ticket
     from ..rollout import VectorTask
     from ..run_dir import write_json
@@ -171,6 +172,7 @@ def run_search(argv: list[str]) -> int:
         tqdm(total=config.total_episodes * tasks, unit="episode", desc="search", disable=None) as bar,
         VectorTask(replace(recipe.task, num_envs=envs), base.spec.executed_steps) as task,
     ):
+        check_scenes(task.infos, args.eval_episodes)
         ticket = search_ticket(base, task, layout, config, lambda _: bar.update())
     ticket.save(out / "ticket.json")
     with (

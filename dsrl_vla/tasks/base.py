@@ -117,8 +117,8 @@ class ChunkEnv(gym.Env):
 
     ``info`` of a step: ``steps`` (how many of the k were executed), ``rewards`` float64 (k,), zero beyond
     them, and ``success``. The chunk stops early when the episode ends inside it. The step's scalar reward is
-    the plain sum; discounting belongs to the learner, which knows gamma. Reset without a seed, it rests where it is
-    until it is given one: a step executes and renders nothing.
+    the plain sum; discounting belongs to the learner, which knows gamma. Reset without a seed, when it has been
+    reset before, it rests where it is until it is given one: a step executes and renders nothing.
     """
 
     def __init__(self, env: TaskEnv, chunk: int):
@@ -135,7 +135,7 @@ class ChunkEnv(gym.Env):
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None):
         super().reset(seed=seed)
-        self._resting = seed is None
+        self._resting = seed is None and bool(self._seen)
         if self._resting:
             return self._seen, {}
         self._steps = 0

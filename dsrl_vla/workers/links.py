@@ -72,7 +72,7 @@ class ProcessLink:
         """As `Link.close`; a worker that does not come to the end of its round is killed."""
         self.pool.shutdown(wait=False, cancel_futures=True)
         posted: list[Future[Any]] = [self.begun, *self.pending]
-        asked = [future for future in posted if not future.cancelled()]
+        asked = [future for future in posted if not future.cancel()]  # `wait` does not take them for done
         if wait(asked, _GRACE_S).not_done:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(self.pid.result(), signal.SIGKILL)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -51,6 +52,11 @@ class _Noted(Faults):
         self.new.append([kind, words])
         self.counts[kind] += 1
         self.check(words)
+
+    def set(self, counts: Mapping[str, int]) -> None:
+        """As `Faults.set`: what a start that is undone has met is not sent."""
+        super().set(counts)
+        self.new.clear()
 
     def take(self) -> list[list[str]]:
         """The faults since this was last asked."""

@@ -421,7 +421,7 @@ def test_a_script_without_a_main_guard_is_told_so(fork_folder, tmp_path):
     made = tree(fork_folder, rollout={"max_restarts": 0})
     path.write_text(yaml.safe_dump({"extends": "drawer-open"} | made))
     script.write_text(f"import dsrl_vla\ndsrl_vla.train(dsrl_vla.load_recipe('{path}'), '{tmp_path}/run')\n")
-    run = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=60)
+    run = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=240)
     assert run.returncode != 0
     assert "before it had begun: a script that trains with workers needs `if __name__ == '__main__':`" in run.stderr
 

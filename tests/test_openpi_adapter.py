@@ -33,7 +33,7 @@ def test_one_noise_is_bit_equal_to_infer_and_eight_are_close(name, openpi_zoo, o
     encoding = base.encode(unsqueeze(seen))
     assert np.array_equal(base.denoise(encoding, noise[:, :1])[0, 0].numpy(), theirs[0])
     together = base.denoise(encoding, noise)[0].numpy()
-    # bfloat16 keeps 8 bits, and processors sum a batch in another order than one row: up to one spacing of the greatest
+    # bfloat16 keeps 8 bits, and processors sum a batch in another order than one row: up to a spacing of the greatest
     spacing = 1e-5 if base.spec.dtype == "float32" else np.abs(theirs).max() * 2**-8
     assert np.abs(together - theirs).max() <= spacing
     assert np.abs(theirs[1:] - theirs[0]).max() > 0.1

@@ -31,7 +31,6 @@ NA = {"algorithm": "na", "eval": {"baselines": ["best-of-k"], "video_episodes": 
 VARIANTS: dict[str, dict[str, Any]] = {
     "sac": {"algorithm": "sac"},
     "na": NA,
-    "na-98": NA | {"sac": {"gamma": 0.98}},
     "na-exact": {"algorithm": "na-exact"},
     "offline-to-online": NA | {"offline": {"updates": 2000, "stride": 2}, "train": {"learning_starts": 1}},
     "offline": NA | {"offline": {"updates": 6000, "stride": 2}, "train": {"env_steps": 0}},
@@ -220,7 +219,7 @@ def collect(args: Args) -> dict[str, Any]:
     return found
 
 
-COLUMNS = ("sac", "na", "na-98", "na-exact", "offline-to-online", "offline", "ticket", "best-of-k")
+COLUMNS = ("sac", "na", "na-exact", "offline-to-online", "offline", "ticket", "best-of-k")
 
 
 def successes(variants: dict[str, Any], column: str) -> list[float]:

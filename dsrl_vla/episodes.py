@@ -108,17 +108,16 @@ class _Table:
         """Reset what is over, until all that play see something finite."""
         while self.left and over.any():
             fresh = [self._begin(i) if ended else None for i, ended in enumerate(over)]
-            observations = self.task.reset(fresh, resting=[seed is None for seed in self.now])
+            observations = self.task.reset(fresh, resting=self._idle)
             over = self._lost(over & ~seen_rows(observations))
-        idle = np.array([seed is None for seed in self.now])
-        if idle.any() and not seen_rows(observations).all():  # what rests may rest in a state that bases refuse
-            state = np.where(idle[:, None], np.float32(0), observations[STATE])
+        if any(self._idle) and not seen_rows(observations).all():  # what rests may rest in a state that bases refuse
+            state = np.where(np.array(self._idle)[:, None], np.float32(0), observations[STATE])
             observations = {**observations, STATE: state}
         return observations
 
     def _lost(self, ill: np.ndarray) -> np.ndarray:
         """Book what is not finite and not a robot's as lost; return where that was."""
-        lost = ill & np.array([seed is not None and not self.task.info.live for seed in self.now])
+        lost = ill & ~np.array(self._idle) & (not self.task.info.live)
         for i in map(int, np.flatnonzero(lost)):
             if self.task.infos[i].measure != "success":
                 words = "finite rewards and observations, for its return is measured"
@@ -126,6 +125,11 @@ class _Table:
             self.faults.add("episode", f"episode of seed {self.now[i]}: a reward or observation that is not finite")
             self._close(i, success=False)
         return lost
+
+    @property
+    def _idle(self) -> list[bool]:
+        """Which environments have nothing to play."""
+        return [seed is None for seed in self.now]
 
     def _take(self, i: int) -> int | None:
         queue = self.queues[self.task.uris[i]]

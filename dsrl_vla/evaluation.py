@@ -11,7 +11,6 @@ import numpy as np
 from . import seeds as seed_ranges
 from .episodes import Episode, run_episodes
 from .errors import bad
-from .faults import Faults
 from .head import SteeringHead
 from .measures import YARDSTICKS, Yardstick, shown
 from .noise import NoiseLayout
@@ -88,13 +87,10 @@ def measure(
     task: VectorTask,
     source: NoiseSource,
     seeds: Sequence[int],
-    trial: int = 0,
-    on_episode: Callable[[Episode], None] = lambda _: None,
-    faults: Faults | None = None,
+    **options: Any,
 ) -> Measure:
-    """Run one episode per seed and task; see `run_episodes`."""
-    found = run_episodes(base, task, source, seeds, trial=trial, on_episode=on_episode, faults=faults)
-    return Measure(tuple(found))
+    """Run one episode per seed and task; `options` are those of `run_episodes`."""
+    return Measure(tuple(run_episodes(base, task, source, seeds, **options)))
 
 
 def measure_base(
@@ -129,17 +125,25 @@ def check_scenes(infos: Sequence[TaskInfo], episodes: int) -> None:
             raise bad("episodes", words, episodes)
 
 
-def check_known(known: Mapping[str, Measure] | None, seeds: Sequence[int], uris: Sequence[str]) -> None:
-    """Refuse measures of other episodes than one of each of these seeds and tasks.
+def evaluation_seeds(
+    task: VectorTask,
+    episodes: int,
+    first_seed: int = seed_ranges.EVALUATION,
+    known: Mapping[str, Measure] | None = None,
+) -> list[int]:
+    """The seeds of an evaluation's episodes.
 
     Raises:
-        DsrlError: they are.
+        DsrlError: the task has not so many episodes, or `known` measures are of others and cannot be paired.
     """
+    check_scenes(task.infos, episodes)
+    seeds, uris = seed_ranges.block(first_seed, episodes), task.config.uris
     wanted = [(uri, seed) for uri in uris for seed in seeds]
     for name, found in (known or {}).items():
         if [(episode.task, episode.seed) for episode in found.episodes] != wanted:
             words = f"episodes of the seeds {seeds[0]} to {seeds[-1]} of {', '.join(uris)}, to be paired"
             raise bad(f"known, '{name}'", words, "others")
+    return seeds
 
 
 def evaluate(
@@ -167,9 +171,7 @@ def evaluate(
             another base.
     """
     check_pair(head.config, base)
-    check_scenes(task.infos, episodes)
-    seeds = seed_ranges.block(first_seed, episodes)
-    check_known(known, seeds, task.config.uris)
+    seeds = evaluation_seeds(task, episodes, first_seed, known)
     found = dict(known or measure_base(base, task, head.layout, seeds, controls, on_episode))
     head.eval()
     steered = measure(base, task, HeadNoise(head), seeds, on_episode=on_episode)

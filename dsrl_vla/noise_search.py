@@ -18,7 +18,7 @@ import torch
 from . import seeds as seed_ranges
 from .episodes import Episode
 from .errors import at_least, bad
-from .evaluation import Measure, check_scenes, measure, paired_difference
+from .evaluation import Measure, evaluation_seeds, measure, paired_difference
 from .head import SteeringHead
 from .noise import NoiseLayout, generators
 from .noise_aliasing import ActionCritic
@@ -163,8 +163,7 @@ def evaluate_ticket(
     on_episode: Callable[[Episode], None] = lambda _: None,
 ) -> dict[str, Any]:
     """Measure a ticket against its base on held-out episodes; return what ``eval.json`` holds."""
-    check_scenes(task.infos, episodes)
-    seeds = seed_ranges.block(seed_ranges.EVALUATION, episodes)
+    seeds = evaluation_seeds(task, episodes)
     own = measure(base, task, PriorNoise(base.spec.noise), seeds, on_episode=on_episode)
     found = measure(base, task, ticket.source(layout), seeds, on_episode=on_episode)
     return {

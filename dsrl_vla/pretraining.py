@@ -79,16 +79,16 @@ def pretrain(recipe: PretrainRecipe, out: Path) -> FrozenPolicy:
     torch.set_num_threads(recipe.threads)
     text, cloned = yaml.safe_dump(json.loads(json.dumps(asdict(recipe))), sort_keys=False), out / _CLONED
     if cloned.exists() and (out / "pretrain.yaml").read_text() == text:
-        base = load_base(json.loads(cloned.read_text())["uri"])
+        known = json.loads(cloned.read_text())
+        base = load_base(known["uri"])
     elif (out / "config.json").exists():
         raise bad(str(out), "a new folder", "one that holds a base")
     else:
         make_folder(out)
         base, demos = _clone(recipe, out)
         write_text(out / "pretrain.yaml", text)
-        found = {"uri": base.spec.uri, "prompts": demos.prompts, "expert_success": demos.expert_success}
-        write_json(cloned, found)
-    known = json.loads(cloned.read_text())
+        known = {"uri": base.spec.uri, "prompts": demos.prompts, "expert_success": demos.expert_success}
+        write_json(cloned, known)
     write_results(out, recipe, base, tuple(known["prompts"]), known["expert_success"])
     cloned.unlink()
     return base

@@ -102,7 +102,7 @@ def preflight(
     seeds = seed_ranges.block(seed_ranges.PREFLIGHT, config.episodes)
 
     def run(name: str, source: NoiseSource, trial: int = 0) -> Measure:
-        return measure(base, task, source, seeds, trial, on_episode=lambda episode: on_episode(name, episode))
+        return measure(base, task, source, seeds, trial=trial, on_episode=lambda episode: on_episode(name, episode))
 
     sources = conditions(base, config)
     found = {name: run(name, source) for name, source in sources.items()}

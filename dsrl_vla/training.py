@@ -15,7 +15,7 @@ from tqdm import tqdm
 from . import seeds as seed_ranges
 from .closing import evaluate_run, settle
 from .errors import DsrlError, bad
-from .evaluation import Measure, check_known, check_scenes
+from .evaluation import Measure, evaluation_seeds
 from .finalists import HEADS, LIST
 from .head import SteeringHead
 from .head_config import CONFIG
@@ -98,9 +98,7 @@ def train(
         for info in task.infos:
             _check_task(recipe, base, info)
         if evaluate_after:
-            check_scenes(task.infos, recipe.eval.episodes)
-            seeds = seed_ranges.block(seed_ranges.EVALUATION, recipe.eval.episodes)
-            check_known(known, seeds, recipe.task.uris)
+            evaluation_seeds(task, recipe.eval.episodes, known=known)  # refused before the work, and not after it
         probe(base, example(task))
         recipe = resolve_layout(recipe, base, task, out)
         trainer = Trainer(recipe, base, task, held_out, out, team)

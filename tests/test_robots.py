@@ -554,6 +554,18 @@ def test_a_missing_file_is_named(tmp_path):
         read_robot_file(tmp_path / "half.yaml")
 
 
+def robot_run(fork_folder, path, **train):
+    """A recipe's fields for a short run on the robot of a file."""
+    small = {"network": {"width": 16, "layers": 1}}
+    return {
+        "base": {"uri": f"flow-mlp:{fork_folder}"},
+        "task": {"uri": f"robot:{path}", "max_episode_steps": 12, "num_envs": 1},
+        "head": small,
+        "critic": small,
+        "train": train,
+    }
+
+
 def collector(base, tmp_path, script, algorithm="na", n_step=2, limit=12, timeouts="bootstrap", **more):
     """An episode collector on a scripted robot."""
     from dsrl_vla.critic import CriticConfig
@@ -667,14 +679,9 @@ def test_a_robot_is_not_filmed(fork_folder, tmp_path, monkeypatch):
     from dsrl_vla import load_recipe, plots, train
 
     monkeypatch.setattr(plots, "write_video", lambda *_: pytest.fail("filmed"))
-    small, path = {"network": {"width": 16, "layers": 1}}, write_file(tmp_path)
-    tree = {
-        "base": {"uri": f"flow-mlp:{fork_folder}"},
-        "task": {"uri": f"robot:{path}", "max_episode_steps": 12, "num_envs": 1},
-        "head": small,
-        "critic": small,
-        "train": {"env_steps": 48, "learning_starts": 3, "validation_episodes": 2, "stop_at": None},
-        "eval": {"episodes": 2, "controls": False},
+    path = write_file(tmp_path)
+    tree = robot_run(fork_folder, path, env_steps=48, learning_starts=3, validation_episodes=2, stop_at=None) | {
+        "eval": {"episodes": 2, "controls": False}
     }
     run = train(load_recipe("drawer-open", tree), tmp_path / "run")
     assert run.evaluation and (tmp_path / "run" / "curves.png").exists()
@@ -687,14 +694,10 @@ def test_a_better_head_outlives_a_crash_before_the_next_checkpoint(fork_folder, 
     from dsrl_vla.live_collect import EpisodeCollector
     from dsrl_vla.run_dir import Metrics
 
-    small, path, out = {"network": {"width": 16, "layers": 1}}, write_file(tmp_path), tmp_path / "run"
-    tree = {
-        "base": {"uri": f"flow-mlp:{fork_folder}"},
-        "task": {"uri": f"robot:{path}", "max_episode_steps": 12, "num_envs": 1},
-        "head": small,
-        "critic": small,
-        "train": {"env_steps": 60, "learning_starts": 3, "gradient_steps": 1.0, "validate_every": 12, "stop_at": None},
-    }
+    path, out = write_file(tmp_path), tmp_path / "run"
+    tree = robot_run(
+        fork_folder, path, env_steps=60, learning_starts=3, gradient_steps=1.0, validate_every=12, stop_at=None
+    )
     recipe, step = load_recipe("drawer-open", tree), EpisodeCollector.step
     scores = iter([0.25, 1.0, 0.5, 0.5, 0.5, 0.5])
     won = lambda score: Measure(tuple(Episode(i, i < 4 * score, 10, 0.0) for i in range(4)))
@@ -724,15 +727,10 @@ def test_ctrl_c_stops_the_robot_first_and_a_validation_it_cut_off_is_made_up(whe
     from dsrl_vla import load_recipe, train
     from dsrl_vla.trainer import Trainer
 
-    small, path, out, log = {"network": {"width": 16, "layers": 1}}, write_file(tmp_path), tmp_path / "run", []
-    tree = {
-        "base": {"uri": f"flow-mlp:{fork_folder}"},
-        "task": {"uri": f"robot:{path}", "max_episode_steps": 12, "num_envs": 1},
-        "head": small,
-        "critic": small,
-        "train": {"env_steps": 48, "learning_starts": 3, "validate_every": 48, "validation_episodes": 2,
-                  "stop_at": None},
-    }  # fmt: skip
+    path, out, log = write_file(tmp_path), tmp_path / "run", []
+    tree = robot_run(
+        fork_folder, path, env_steps=48, learning_starts=3, validate_every=48, validation_episodes=2, stop_at=None
+    )
     send, play, write = TaskRobot.send_action, Trainer.play, Trainer._write_checkpoint
 
     def sending(self, action):

@@ -71,7 +71,7 @@ def put_norms(model: Any) -> None:
         layers: list[nn.Module] = []
         for layer in net:
             if isinstance(layer, nn.ReLU):
-                layers.append(nn.LayerNorm(layers[-1].out_features))  # type: ignore[arg-type]
+                layers.append(nn.LayerNorm(layers[-1].out_features, device=model.device))  # type: ignore[arg-type]
             layers.append(layer)
         return nn.Sequential(*layers)
 
@@ -84,13 +84,13 @@ def put_norms(model: Any) -> None:
         trained.optimizer = torch.optim.Adam(trained.parameters(), 3e-4)
 
 
-def theirs(size: Size, norms: bool) -> Callable[[], object]:
+def theirs(size: Size, norms: bool, device: str = "cpu") -> Callable[[], object]:
     """SB3's SAC on random transitions: AHEAD updates per call."""
     from stable_baselines3 import SAC
     from stable_baselines3.common.logger import Logger
 
     policy = {"net_arch": [size.width] * size.hidden, "n_critics": size.critics}
-    model = SAC("MlpPolicy", Still(size), policy_kwargs=policy, buffer_size=STORED, device="cpu", seed=0)
+    model = SAC("MlpPolicy", Still(size), policy_kwargs=policy, buffer_size=STORED, device=device, seed=0)
     if norms:
         put_norms(model)
     model.set_logger(Logger(folder=None, output_formats=[]))
@@ -102,12 +102,15 @@ def theirs(size: Size, norms: bool) -> Callable[[], object]:
     return lambda: model.train(AHEAD, size.batch)
 
 
-def ours(size: Size, network: NetworkConfig, feature: int = 0) -> tuple[LatentSAC, Callable[[], object]]:
+def ours(
+    size: Size, network: NetworkConfig, feature: int = 0, device: str = "cpu"
+) -> tuple[LatentSAC, Callable[[], object]]:
     """Our SAC on random transitions: AHEAD updates per call."""
     torch.manual_seed(0)
     layout = NoiseLayout(NoiseSpace(1, size.action), "repeat")
     head = SteeringHead(HeadConfig(layout, size.observed, feature, 1, "none", "none:", network=network))
-    learner = LatentSAC(head, CriticConfig(network, size.critics), SACConfig(batch=size.batch), (-100.0, 100.0), 0)
+    critic, sac = CriticConfig(network, size.critics), SACConfig(batch=size.batch)
+    learner = LatentSAC(head, critic, sac, (-100.0, 100.0), 0, device)
     replay, rng = Replay(STORED, layout.latent_shape), np.random.default_rng(0)
     uniform = lambda *shape: torch.from_numpy(rng.uniform(-1, 1, shape).astype(np.float32))
     numbers = replay.observe({"state": uniform(STORED, size.observed)} | _feature(feature, uniform))
@@ -116,7 +119,7 @@ def ours(size: Size, network: NetworkConfig, feature: int = 0) -> tuple[LatentSA
     learner.fit_normaliser(replay)
 
     def update() -> None:
-        for batch in replay.batches(AHEAD, size.batch, rng):
+        for batch in replay.batches(AHEAD, size.batch, rng, learner.device):
             learner.update(batch)
 
     return learner, update

@@ -43,7 +43,7 @@ def load_base(uri: str, **options: Any) -> FrozenPolicy:
     except json.JSONDecodeError as error:
         raise bad(f"base '{uri}'", "JSON files that are whole", f"{error}") from error
     except (RuntimeError, AssertionError):
-        _check_device(str(options.get("device", "cpu")))
+        check_device("base.device", str(options.get("device", "cpu")))
         raise
 
 
@@ -68,11 +68,16 @@ def _check_options(adapter: str, loader: Callable[..., FrozenPolicy], options: M
             raise unknown(f"option of the adapter '{adapter}:'", option, known)
 
 
-def _check_device(device: str) -> None:
+def check_device(name: str, device: str) -> None:
+    """Refuse a device that is not there, in the words of the setting `name`.
+
+    Raises:
+        DsrlError: this build of torch cannot use it.
+    """
     import torch
 
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         words = f"'{device}' ({' '.join(str(error).split())[:200]})"
-        raise bad("base.device", "a device that this build of torch can use", words) from error
+        raise bad(name, "a device that this build of torch can use", words) from error

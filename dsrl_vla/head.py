@@ -54,8 +54,9 @@ class Normaliser(nn.Module):
 
     @torch.no_grad()
     def deviations(self, inputs: HeadInputs) -> dict[str, torch.Tensor]:
-        """How far from what was fitted: |x - mean| / std, the shape of each input."""
-        return {n: ((inputs[n] - getattr(self, f"{n}_mean")) / getattr(self, f"{n}_std")).abs() for n in self.names}
+        """How far from what was fitted: |x - mean| / std, the shape of each input, on the CPU."""
+        fitted = lambda name, what: getattr(self, f"{name}_{what}").cpu()
+        return {n: ((inputs[n] - fitted(n, "mean")) / fitted(n, "std")).abs() for n in self.names}
 
     def jittered(self, inputs: HeadInputs, amount: float, source: Source) -> HeadInputs:
         """The inputs with normal noise on the state, `amount` of what was fitted as its deviation."""
@@ -137,12 +138,15 @@ class SteeringHead(nn.Module):
         return raw.tanh(), (gaussian - squash).flatten(1).sum(1)
 
     def latent(self, inputs: HeadInputs, generators: list[torch.Generator] | None) -> torch.Tensor:
-        """Latents (B, n, d) in [-1, 1]: the mode, or one sample per row from its own generator."""
-        mean, log_std = self.distribution(inputs)
+        """Latents (B, n, d) in [-1, 1]: the mode, or one sample per row from its own generator.
+
+        Inputs and latents are on the CPU, wherever the head is.
+        """
+        mean, log_std = self.distribution({name: value.to(self.start.device) for name, value in inputs.items()})
         if generators is not None:
             epsilon = torch.stack([torch.randn(mean.shape[1:], generator=g) for g in generators])
             mean = mean + log_std.exp() * epsilon.to(mean.device)
-        return mean.tanh()
+        return mean.tanh().cpu()
 
     @torch.no_grad()
     def noise(

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -26,9 +26,8 @@ from .errors import at_least, bad
 from .flat import Flat
 from .head import SteeringHead
 from .noise_bank import Keeper
+from .recorded import Info, Recorded
 from .replay import Batch, Held
-
-Info = dict[str, torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -147,15 +146,26 @@ def alpha_loss(log_alpha: torch.Tensor, entropy: torch.Tensor, target_entropy: f
 class LatentSAC:
     """Head, critics, temperature and their optimisers; `update` does one gradient step of each."""
 
+    recordable: ClassVar[bool] = True
+    """Whether an update is the same work whatever the numbers, and so can be one CUDA graph."""
+
     def __init__(
-        self, head: SteeringHead, critic: CriticConfig, config: SACConfig, value_bounds: tuple[float, float], seed: int
+        self,
+        head: SteeringHead,
+        critic: CriticConfig,
+        config: SACConfig,
+        value_bounds: tuple[float, float],
+        seed: int,
+        device: str = "cpu",
     ):
-        self.head, self.config, self.bounds = head, config, value_bounds
-        self.critic = CriticEnsemble(critic, head.config)
+        """`device`: where all of it lives and learns; `head` is moved there."""
+        self.device = torch.device(device)
+        self.head, self.config, self.bounds = head.to(self.device), config, value_bounds
+        self.critic = CriticEnsemble(critic, head.config).to(self.device)
         self.target = copy.deepcopy(self.critic).requires_grad_(False)
         self.average = copy.deepcopy(head).requires_grad_(False)
         """The head to use: the actor, averaged over its updates."""
-        self.log_alpha = nn.Parameter(torch.tensor(config.alpha_init).log())
+        self.log_alpha = nn.Parameter(torch.tensor(config.alpha_init, device=self.device).log())
         self.modules: dict[str, nn.Module] = {}
         """Everything with weights, by the name it is saved under."""
         self.flat = {"alpha": Flat([self.log_alpha])}
@@ -164,13 +174,16 @@ class LatentSAC:
         self._own("average", self.average)
         self._own("critic", self.critic, config.critic_lr)
         self._own("target", self.target)
-        self.generator = torch.Generator().manual_seed(seed)
+        self.generator = torch.Generator(self.device).manual_seed(seed)
         self.draws: Source = self.generator
         """Where an update's random numbers come from."""
         self.updates = 0
+        recorded = self.device.type == "cuda" and self.recordable
+        self._work = Recorded(self._learn, self.generator) if recorded else self._learn
 
     def _own(self, name: str, module: nn.Module, learning_rate: float | None = None) -> None:
         """Count a module among the learner's; with a learning rate it is trained."""
+        module.to(self.device)
         self.modules[name], self.flat[name] = module, Flat(module.parameters())
         if learning_rate is not None:
             self.optimizers[name] = adam(self.flat[name], learning_rate)
@@ -185,7 +198,19 @@ class LatentSAC:
             module.eyes.normalise.fit(replay.observations())  # type: ignore[union-attr, operator]
 
     def update(self, batch: Batch) -> Info:
-        """One step each of critic, target, actor and temperature. Nothing is copied to Python."""
+        """One step each of critic, target, actor and temperature. Nothing is copied to Python.
+
+        The batch is on `device`; on a GPU its shapes are always the same.
+        """
+        info = self._work(batch)
+        # Young averages forget faster, so that the initial weights do not linger.
+        weight = max(1 - self.config.actor_average, 1 / (1 + self.updates))
+        self.flat["average"].follow(self.flat["head"], weight)
+        self.updates += 1
+        return info
+
+    def _learn(self, batch: Batch) -> Info:
+        """What of an update is the same work every time."""
         alpha = self.log_alpha.detach().exp()
         if self.config.jitter:
             batch = self._jittered(batch)
@@ -194,7 +219,6 @@ class LatentSAC:
         info |= self._update_actor(batch, alpha)
         loss, more = alpha_loss(self.log_alpha, info["entropy"], self.config.target_entropy)
         self._step("alpha", loss)
-        self.updates += 1
         return info | more
 
     def _jittered(self, batch: Batch) -> Batch:
@@ -212,9 +236,6 @@ class LatentSAC:
         loss, info = actor_loss(self.critic, self.head, alpha, batch, self.draws)
         self.critic.requires_grad_(True)
         self._step("head", loss)
-        # Young averages forget faster, so that the initial weights do not linger.
-        weight = max(1 - self.config.actor_average, 1 / (1 + self.updates))
-        self.flat["average"].follow(self.flat["head"], weight)
         return info
 
     def snapshot(self, head: SteeringHead) -> Callable[[Path], None]:
@@ -254,8 +275,10 @@ class LatentSAC:
             self.log_alpha.copy_(state["log_alpha"])
         self.generator.set_state(state["generator"])
         self.updates = updates
+        if isinstance(self._work, Recorded):
+            self._work.forget()  # the optimisers' tensors are others now
 
 
 def adam(flat: Flat, learning_rate: float) -> torch.optim.Optimizer:
     """The optimiser of every part."""
-    return torch.optim.Adam([flat.vector], learning_rate, fused=True)
+    return torch.optim.Adam([flat.vector], learning_rate, fused=True, capturable=flat.vector.is_cuda)

@@ -23,17 +23,20 @@ def build_learner(
     na: NAConfig,
     value_bounds: tuple[float, float],
     seed: int,
+    device: str = "cpu",
 ) -> LatentSAC:
     """DSRL-SAC, DSRL-NA over a noise bank, or DSRL-NA as the paper has it (denoising in the update).
+
+    `head` is moved to `device`, where all else is made.
 
     Raises:
         DsrlError: no base, for the one that asks it.
     """
     if algorithm == "sac":
-        return LatentSAC(head, critic, sac, value_bounds, seed)
+        return LatentSAC(head, critic, sac, value_bounds, seed, device)
     width = head.config.action_dim
     if algorithm == "na":
-        return NoiseAliasing(head, critic, sac, value_bounds, seed, na=na, action_dim=width)
+        return NoiseAliasing(head, critic, sac, value_bounds, seed, device, na=na, action_dim=width)
     if base is None:
         raise bad("algorithm", "sac or na, which update without the base, in several processes", algorithm)
-    return ExactNoiseAliasing(head, critic, sac, value_bounds, seed, na=na, action_dim=width, base=base)
+    return ExactNoiseAliasing(head, critic, sac, value_bounds, seed, device, na=na, action_dim=width, base=base)

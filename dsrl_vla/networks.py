@@ -1,8 +1,8 @@
 """The networks of head and critic: a small transformer over observation and noise tokens, and an MLP.
 
 Both are *stacked*: every weight has a leading ensemble axis E. An actor is a stack of one. The transformer's many
-small layers are batched over E, activations (E, B, tokens, width); the MLP's few large ones go member by member,
-whose activations then stay in the processor's cache.
+small layers are batched over E, activations (E, B, tokens, width); the MLP's few large ones go member by member
+on a CPU, whose activations then stay in its cache.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class StackedLinear(nn.Module):
 class StackedNorm(nn.Module):
     """E independent layer norms over the last axis of (E, B, …, width).
 
-    One by one, for torch's own kernel does the affine part, and its gradients, in the same pass.
+    On a CPU one by one, for torch's own kernel does the affine part, and its gradients, in the same pass.
     """
 
     def __init__(self, members: int, width: int):
@@ -56,6 +56,9 @@ class StackedNorm(nn.Module):
         self.bias = nn.Parameter(torch.zeros(members, width))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if x.is_cuda:  # where it matters more how many kernels there are
+            gain, bias = (p.view(len(p), *(1,) * (x.ndim - 2), -1) for p in (self.gain, self.bias))
+            return torch.addcmul(bias, F.layer_norm(x, x.shape[-1:]), gain)
         return _stacked(_each(self, x.unbind(0)))
 
     def members(self) -> list[Member]:
@@ -232,12 +235,21 @@ class MLP(nn.Module):
     def forward(self, inputs: list[torch.Tensor], vectors: torch.Tensor | None) -> torch.Tensor:
         """inputs: [(B, size)], vectors: (B, n, d) or None, for all members -> (E, B, queries, outputs)."""
         x = torch.cat([*inputs, vectors.flatten(1)] if vectors is not None else inputs, -1)
+        if x.is_cuda:
+            return self._at_once(x.expand(self.shape[0], *x.shape))
         parts = [x] * self.shape[0]
         for number, layer in enumerate(self.layers):
             parts = _each(layer, parts)
             parts = _each(self.norms[number], parts) if self.norms is not None else parts
             parts = [self.activate(part) for part in parts]
         return _stacked(_each(self.read, parts)).view(self.shape)
+
+    def _at_once(self, x: torch.Tensor) -> torch.Tensor:
+        """The same with all members in each operation, as a GPU wants it: (E, B, inputs)."""
+        for number, layer in enumerate(self.layers):
+            x = layer(x)
+            x = self.activate(self.norms[number](x) if self.norms is not None else x)
+        return self.read(x).view(self.shape)
 
 
 def _stacked(parts: list[torch.Tensor]) -> torch.Tensor:

@@ -100,11 +100,12 @@ class NoiseAliasing(LatentSAC):
         config: SACConfig,
         value_bounds: tuple[float, float],
         seed: int,
+        device: str = "cpu",
         *,
         na: NAConfig,
         action_dim: int,
     ):
-        super().__init__(head, critic, config, value_bounds, seed)
+        super().__init__(head, critic, config, value_bounds, seed, device)
         self.na = na
         self.action_critic = ActionCritic(critic, head.config, (head.config.executed_steps, action_dim))
         self._own("action_critic", self.action_critic, config.critic_lr)
@@ -130,7 +131,7 @@ class NoiseAliasing(LatentSAC):
 
     def load_action_critic(self, folder: Path) -> ActionCritic:
         """The Q^A that a snapshot wrote, beside the present one."""
-        critic = copy.deepcopy(self.action_critic)
+        critic = copy.deepcopy(self.action_critic).cpu()
         critic.load_state_dict(load_file(folder / ACTION_CRITIC))
         return critic
 
@@ -153,8 +154,8 @@ class NoiseAliasing(LatentSAC):
         """`na.pairs` different pairs of every observation's bank, with the observation repeated for each."""
         latents, actions = batch.extras[BANK_LATENT], batch.extras[BANK_ACTION]
         size, count = latents.shape[:2]
-        chosen = uniform((size, count), self.draws).argsort(1)[:, : self.na.pairs]
-        rows = torch.arange(size).unsqueeze(1)
+        chosen = uniform((size, count), self.draws, latents.device).argsort(1)[:, : self.na.pairs]
+        rows = torch.arange(size, device=latents.device).unsqueeze(1)
         inputs = {k: v.repeat_interleave(self.na.pairs, 0) for k, v in batch.inputs.items()}
         return inputs, latents[rows, chosen].flatten(0, 1), actions[rows, chosen].flatten(0, 1)
 
@@ -165,6 +166,8 @@ class ExactNoiseAliasing(NoiseAliasing):
     The replay keeps the prefix of every observation, which for a real π0 is 15 MB each: for small bases, and as
     the yardstick for the bank.
     """
+
+    recordable = False  # what a base does in its sampler, it alone knows
 
     def __init__(self, *args, base: FrozenPolicy, **kwargs):
         super().__init__(*args, **kwargs)
@@ -191,11 +194,11 @@ class ExactNoiseAliasing(NoiseAliasing):
         return self.action_target.value(batch.next_inputs, action)
 
     def _pairs(self, batch: Batch) -> Pairs:
-        latent = uniform(batch.latent.shape, self.draws) * 2 - 1
+        latent = uniform(batch.latent.shape, self.draws, batch.latent.device) * 2 - 1
         return batch.inputs, latent, self._denoise(batch.extras, latent)
 
     def _denoise(self, extras: Extras, latent: torch.Tensor) -> torch.Tensor:
         prefix = {k.removeprefix(PREFIX): v for k, v in extras.items() if k.startswith(PREFIX)}
         noise = self.head.layout.expand(latent).unsqueeze(1)
         chunks = self.base.denoise(self.base.unpack(prefix), noise)
-        return chunks[:, 0, : self.base.spec.executed_steps]
+        return chunks[:, 0, : self.base.spec.executed_steps].to(self.device)

@@ -192,9 +192,11 @@ class MixedReplay:
         count = round(size * self.share)
         return _join(self.online.sample(size - count, rng), self.offline.sample(count, rng))
 
-    def batches(self, count: int, size: int, rng: np.random.Generator) -> Iterator[Batch]:
+    def batches(
+        self, count: int, size: int, rng: np.random.Generator, device: torch.device | None = None
+    ) -> Iterator[Batch]:
         """As `Replay.batches`."""
-        return (self.sample(size, rng) for _ in range(count))
+        return (self.sample(size, rng).to(device) for _ in range(count))
 
     def observations(self) -> HeadInputs:
         """As `Replay.observations`, both stores after one another."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Protocol
@@ -52,6 +52,27 @@ class Batch:
         cut = lambda value: {k: v[part] for k, v in value.items()} if isinstance(value, dict) else value[part]
         values: dict[str, Any] = {f.name: cut(getattr(self, f.name)) for f in fields(self)}
         return Batch(**values)
+
+    def to(self, device: torch.device | None) -> Batch:
+        """On another device, by way of pinned memory, so that nobody waits for the copy; None: where it is."""
+        if device is None or device == self.reward.device:
+            return self
+        return Batch.of({k: v.pin_memory().to(device, non_blocking=True) for k, v in self.tensors().items()})
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Its tensors under flat names, always in the same order."""
+        found: dict[str, torch.Tensor] = {}
+        for name in (f.name for f in fields(self)):
+            value = getattr(self, name)
+            found |= {f"{name}.{k}": v for k, v in value.items()} if isinstance(value, dict) else {name: value}
+        return found
+
+    @classmethod
+    def of(cls, tensors: Mapping[str, torch.Tensor]) -> Batch:
+        """Undo `tensors`."""
+        within = lambda name: {k.removeprefix(name): v for k, v in tensors.items() if k.startswith(name)}
+        values: dict[str, Any] = {f.name: tensors.get(f.name, within(f"{f.name}.")) for f in fields(cls)}
+        return cls(**values)
 
 
 class Held(Protocol):
@@ -193,9 +214,11 @@ class Replay:
             next_extras=gather(self.extras, then),
         )
 
-    def batches(self, count: int, size: int, rng: np.random.Generator) -> Iterator[Batch]:
-        """What `sample` would give `count` times, drawn and gathered at once."""
-        drawn = self.sample(count * size, rng)
+    def batches(
+        self, count: int, size: int, rng: np.random.Generator, device: torch.device | None = None
+    ) -> Iterator[Batch]:
+        """What `sample` would give `count` times, drawn, gathered and moved to a device at once."""
+        drawn = self.sample(count * size, rng).to(device)
         return (drawn.rows(slice(first, first + size)) for first in range(0, count * size, size))
 
     def observations(self) -> HeadInputs:

@@ -12,7 +12,6 @@ import os
 import signal
 import threading
 from collections.abc import Callable
-from dataclasses import fields
 from datetime import timedelta
 from typing import Any
 
@@ -70,10 +69,12 @@ class LaunchedTeam(Team):
         """As `Team.agree`.
 
         Raises:
-            DsrlError: a batch that cannot be shared equally.
+            DsrlError: a batch that cannot be shared equally; a learner that is not on the CPU.
         """
         if learner.config.batch % self.size:
             raise bad("sac.batch", f"a multiple of the {self.size} processes", learner.config.batch)
+        if learner.device.type != "cpu":
+            raise bad("train.device", f"cpu for {self.size} processes, which share updates over it", learner.device)
         self._join(learner)
         about = f"{learner.updates} {learner.bounds[0]!r} {learner.bounds[1]!r}\n{learner.head.config.to_json()}"
         text = torch.frombuffer(bytearray(about.encode()), dtype=torch.uint8)
@@ -82,7 +83,7 @@ class LaunchedTeam(Team):
     def update(self, learner: LatentSAC, batch: Batch) -> Info:
         """As `Team.update`."""
         self._midway = True
-        self._tell(_UPDATE, _flatten(batch))
+        self._tell(_UPDATE, batch.tensors())
         info = self._update(learner, batch)
         self._midway = False
         return info
@@ -110,7 +111,7 @@ class LaunchedTeam(Team):
                 if what == _STOP:
                     return learner.average.eval()
                 if what == _UPDATE:
-                    self._update(learner, _unflatten(held))
+                    self._update(learner, Batch.of(held))
                     continue
                 updates, bounds, config = _about(held)
                 if learner is None:
@@ -159,19 +160,6 @@ class LaunchedTeam(Team):
 def join_team() -> Team:
     """The team of this process, as the launcher that started it says."""
     return LaunchedTeam() if int(os.environ.get("WORLD_SIZE", "1")) > 1 else Team()
-
-
-def _flatten(batch: Batch) -> Tensors:
-    found: Tensors = {}
-    for field in fields(batch):
-        value = getattr(batch, field.name)
-        found |= {f"{field.name}.{k}": v for k, v in value.items()} if isinstance(value, dict) else {field.name: value}
-    return found
-
-
-def _unflatten(held: Tensors) -> Batch:
-    values: dict[str, Any] = {f.name: held.get(f.name, part(held, f"{f.name}.")) for f in fields(Batch)}
-    return Batch(**values)
 
 
 def _about(held: Tensors) -> tuple[int, tuple[float, float], HeadConfig]:

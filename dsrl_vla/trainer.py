@@ -81,7 +81,7 @@ class Trainer:
         each = [sac.value_bounds(info.reward_range, base.spec.executed_steps) for info in task.infos]
         bounds = min(low for low, _ in each), max(high for _, high in each)
         self.learner = build_learner(
-            recipe.algorithm, base, self.head, recipe.critic, sac, recipe.na, bounds, config.seed
+            recipe.algorithm, base, self.head, recipe.critic, sac, recipe.na, bounds, config.seed, config.device
         )
         place = lambda name: out / name if config.replay_on_disk else None
         self.replay = Replay(config.replay_capacity, layout.latent_shape, place("replay"))
@@ -253,7 +253,7 @@ class Trainer:
         self.validated.append(found.mean)
         if self.finalists.takes(found):
             head.calibrate(self.replay.observations() or self.data.observations())
-            kept = copy.deepcopy(head).eval()
+            kept = copy.deepcopy(head).cpu().eval()
             self.finalists.add(found, kept, self.learner.snapshot(kept))
             if self.collector.live:  # what a simulator does again, a robot does not
                 self.checkpoint()

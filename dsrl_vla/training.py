@@ -13,6 +13,7 @@ import torch
 from tqdm import tqdm
 
 from . import seeds as seed_ranges
+from .bases import check_device
 from .closing import evaluate_run, settle
 from .errors import DsrlError, bad
 from .evaluation import Measure, evaluation_seeds
@@ -85,6 +86,7 @@ def train(
     torch.set_num_threads(recipe.train.threads)
     if isinstance(team, LaunchedTeam) and not team.leads:
         return RunResult(_follow(team, recipe), None, out, leads=False)
+    check_device("train.device", recipe.train.device)
     _prepare(recipe, out, resume)
     if base is not None and base.spec.uri != recipe.base.uri:
         words = "%s: the base is '%s', but other commands will load the recipe's, '%s', for this run. Set base.uri."

@@ -52,7 +52,7 @@ class Updates:
             self._agreed = True
         while self.learner.updates < count:
             ahead = min(count - self.learner.updates, _SAMPLED_AHEAD)
-            for batch in self.data.batches(ahead, self.batch, self.rng):
+            for batch in self.data.batches(ahead, self.batch, self.rng, self.learner.device):
                 self.info = self.team.update(self.learner, batch)
         self.look()
 

@@ -70,7 +70,8 @@ def value_gap(critic: CriticEnsemble, replay: Replay, episodes: Collection[Finis
         return {}
     rows = torch.from_numpy(numbers[held]) % replay.rows
     latents = torch.cat([e.latents for e in episodes])[torch.from_numpy(held)]
-    values = critic.value({k: v[rows] for k, v in replay.inputs.items()}, latents)
+    device = next(critic.parameters()).device
+    values = critic.value({k: v[rows].to(device) for k, v in replay.inputs.items()}, latents.to(device))
     brought = float(np.concatenate([e.returns for e in episodes])[held].mean())
     return {"return": round(brought, 5), "value_gap": round(float(values.mean()) - brought, 5)}
 

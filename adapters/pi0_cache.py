@@ -6,6 +6,7 @@ prefix as there are noises.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -45,8 +46,8 @@ class _Layer(DynamicLayer):
         return room.flatten(0, 1)
 
 
-def spread(cache: Any, count: int) -> DynamicCache:
-    """A cache to denoise behind that holds every row of `cache` `count` times; the old one is untouched."""
+def spread(layers: Iterable[tuple[torch.Tensor, torch.Tensor]], count: int) -> DynamicCache:
+    """A cache to denoise behind: every row of a prefix's keys and values `count` times. They are left as they are."""
     fresh = DynamicCache()
-    fresh.layers = [_Layer((layer.keys, layer.values), count) for layer in cache.layers]
+    fresh.layers = [_Layer(pair, count) for pair in layers]
     return fresh

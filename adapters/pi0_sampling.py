@@ -32,6 +32,15 @@ def prefix(model: Any, inputs: dict[str, torch.Tensor]) -> tuple[Any, torch.Tens
     return output["cache" if "cache" in output else "past_key_values"], output.last_hidden_state
 
 
+def look(model: Any, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """`prefix` as named tensors (B, …): "hidden", and the keys and values of every layer."""
+    cache, hidden = prefix(model, inputs)
+    found = {"hidden": hidden}
+    for index, layer in enumerate(cache.layers):
+        found |= {f"keys.{index}": layer.keys, f"values.{index}": layer.values}
+    return found
+
+
 def pool(hidden: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """Mean over the tokens that are not padding: (B, T, width) -> float32 (B, width)."""
     weight = mask.to(hidden.device, torch.float32).unsqueeze(-1)
@@ -51,30 +60,13 @@ def fan_out(cache: Any, count: int) -> Any:
     return fresh
 
 
-_READ_BY_EXPERT = ("state", "attention_mask", "pixel_attention_mask")
+READ_BY_EXPERT = ("state", "attention_mask", "pixel_attention_mask")
+"""What the action expert reads beside keys and values."""
 
 
-def pack(inputs: dict[str, torch.Tensor], cache: Any) -> dict[str, torch.Tensor]:
-    """Everything `denoise` needs, as named tensors (B, …)."""
-    kept = {name: inputs[name] for name in _READ_BY_EXPERT}
-    for index, layer in enumerate(cache.layers):
-        kept |= {f"keys.{index}": layer.keys, f"values.{index}": layer.values}
-    return kept
-
-
-def unpack(tensors: Mapping[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], Any]:
-    """Undo `pack`: what the action expert reads beside the cache, and the cache."""
-    from transformers import DynamicCache
-
-    cache = DynamicCache()
-    for index in range(sum(name.startswith("keys.") for name in tensors)):
-        cache.update(tensors[f"keys.{index}"], tensors[f"values.{index}"], index)
-    return {name: tensors[name] for name in _READ_BY_EXPERT}, cache
-
-
-def suffix_inputs(inputs: dict[str, torch.Tensor], count: int) -> dict[str, torch.Tensor]:
+def suffix_inputs(inputs: Mapping[str, torch.Tensor], count: int) -> dict[str, torch.Tensor]:
     """What the action expert reads beside the cache, every row `count` times."""
-    return {name: inputs[name].repeat_interleave(count, 0) for name in _READ_BY_EXPERT}
+    return {name: inputs[name].repeat_interleave(count, 0) for name in READ_BY_EXPERT}
 
 
 def _cache_name(model: Any) -> str:
@@ -82,15 +74,20 @@ def _cache_name(model: Any) -> str:
     return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
 
 
-def denoise(model: Any, inputs: dict[str, torch.Tensor], cache: Any, noise: torch.Tensor, steps: int) -> torch.Tensor:
-    """Integrate the flow from noise (B, K, H, D) to normalised actions (B, K, H, D), all behind one prefix."""
+def denoise(model: Any, context: Mapping[str, torch.Tensor], noise: torch.Tensor, steps: int) -> torch.Tensor:
+    """Integrate the flow from noise (B, K, H, D) to normalised actions (B, K, H, D), all behind one prefix.
+
+    Args:
+        context: what the expert reads, and keys and values as `look` names them.
+    """
     from .pi0_cache import spread
 
     batch, count = noise.shape[:2]
-    per_noise = suffix_inputs(inputs, count)
-    cache = spread(cache, count)
+    per_noise = suffix_inputs(context, count)
+    layers = range(sum(name.startswith("keys.") for name in context))
+    cache = spread([(context[f"keys.{index}"], context[f"values.{index}"]) for index in layers], count)
     length, name = cache.get_seq_length(), _cache_name(model)
-    x = rearrange(noise, "b k h d -> (b k) h d").to(inputs["state"].dtype)
+    x = rearrange(noise, "b k h d -> (b k) h d").to(context["state"].dtype)
     dt = -1.0 / steps
     with heads_as_one(model, count) if count > 1 else contextlib.nullcontext():
         for step in range(steps):

@@ -1,14 +1,15 @@
 """``transformers:<repo or folder>[@revision]``: π0 as `transformers` ships it (``PI0ForConditionalGeneration``).
 
-One prefix pass per decision, any number of noises behind it. Loads safetensors only and never runs a
-repository's code.
+One prefix pass per decision, any number of noises behind it; on a GPU each is one CUDA graph. Loads safetensors only
+and never runs a repository's code.
 """
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from dsrl_vla.noise import NoiseSpace
 from dsrl_vla.observation import Observations, ObservationSpec
 from dsrl_vla.plain import read_object
 from dsrl_vla.policy import Encoding, FrozenPolicy, PolicySpec
+from dsrl_vla.recorded import Recorded
 
 from . import pi0_sampling
 from .pi0_processing import Pi0Processing, Pi0Statistics
@@ -30,18 +32,15 @@ _RENAMED = ({r"vision_tower\.(?!vision_model\.)": _OLD}, {r"vision_tower\.vision
 _FILES = ("*.json", "*.safetensors", "*.model", "*.txt")
 
 
-@dataclass(frozen=True)
-class _Context:
-    inputs: dict[str, torch.Tensor]
-    cache: Any
-
-
 class TransformersPi0(FrozenPolicy):
     """A frozen ``PI0ForConditionalGeneration`` with its processing."""
 
     def __init__(self, model: Any, processing: Pi0Processing, *, uri: str, repo_id: str = "", revision: str = ""):
         self.model = model.eval().requires_grad_(False)
         self.processing = processing
+        weight = lambda: model.action_out_proj.weight
+        self._look = Recorded(partial(pi0_sampling.look, model), f"the prefix of '{uri}'", weight)
+        self._sampler = Recorded(self._sample, f"the sampler of '{uri}'", weight)
         config, stats = model.config, processing.statistics
         executed = stats.executed_steps or config.chunk_size
         if not 1 <= executed <= config.chunk_size:
@@ -67,23 +66,23 @@ class TransformersPi0(FrozenPolicy):
 
     def _encode(self, observations: Observations, batch: int) -> Encoding:
         inputs = self.processing(observations, self.model.device, self.model.dtype)
-        cache, hidden = pi0_sampling.prefix(self.model, inputs)
-        feature = pi0_sampling.pool(hidden, inputs["attention_mask"])
-        return Encoding(batch, feature, _Context(inputs, cache))
+        context = self._look(inputs)
+        feature = pi0_sampling.pool(context.pop("hidden"), inputs["attention_mask"])
+        return Encoding(batch, feature, context | {name: inputs[name] for name in pi0_sampling.READ_BY_EXPERT})
 
     def _denoise(self, encoding: Encoding, noise: torch.Tensor) -> torch.Tensor:
-        context: _Context = encoding.context
-        noise = noise.to(self.model.device)
-        chunk = pi0_sampling.denoise(self.model, context.inputs, context.cache, noise, self.spec.sampler_steps)
+        chunk = self._sampler(encoding.context | {"noise": noise.to(self.model.device)})["chunk"]
         return self.processing.actions(chunk)
 
+    def _sample(self, held: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """A context and noise to the normalised chunk."""
+        return {"chunk": pi0_sampling.denoise(self.model, held, held["noise"], self.spec.sampler_steps)}
+
     def pack(self, encoding: Encoding) -> dict[str, torch.Tensor]:
-        context: _Context = encoding.context
-        return pi0_sampling.pack(context.inputs, context.cache)
+        return encoding.context
 
     def unpack(self, tensors: Mapping[str, torch.Tensor]) -> Encoding:
-        inputs, cache = pi0_sampling.unpack(tensors)
-        return Encoding(len(inputs["state"]), None, _Context(inputs, cache))
+        return Encoding(len(tensors["state"]), None, {k: v.to(self.model.device) for k, v in tensors.items()})
 
     def processors(self) -> dict[str, Any]:
         tokenizer = self.processing.tokenizer

@@ -67,6 +67,18 @@ def side_by_side(
     return {name: np.array(values) for name, values in times.items()}
 
 
+def on_the_gpu(functions: Mapping[str, Callable[[], object]], rounds: int, repeats: int) -> dict[str, np.ndarray]:
+    """Seconds of wall-clock time per call of each, the GPU's work included."""
+
+    import torch
+
+    def clock() -> float:
+        torch.cuda.synchronize()
+        return time.perf_counter()
+
+    return side_by_side(functions, rounds, repeats, clock)
+
+
 def interval(values: np.ndarray) -> dict[str, Any]:
     """Median and its 95 % bootstrap interval."""
     draws = np.random.default_rng(0).integers(0, len(values), (5000, len(values)))

@@ -26,8 +26,11 @@ from .errors import at_least, bad
 from .flat import Flat
 from .head import SteeringHead
 from .noise_bank import Keeper
-from .recorded import Info, Recorded
+from .recorded import Recorded
 from .replay import Batch, Held
+
+Info = dict[str, torch.Tensor]
+"""What an update says of itself: figures by name, each of no dimensions."""
 
 
 @dataclass(frozen=True)
@@ -178,8 +181,10 @@ class LatentSAC:
         self.draws: Source = self.generator
         """Where an update's random numbers come from."""
         self.updates = 0
-        recorded = self.device.type == "cuda" and self.recordable
-        self._work = Recorded(self._learn, self.generator) if recorded else self._learn
+        self._recorded = None
+        if self.device.type == "cuda" and self.recordable:
+            learn, weight = lambda held: self._learn(Batch.of(held)), lambda: self.log_alpha
+            self._recorded = Recorded(learn, "the update", weight, self.generator)
 
     def _own(self, name: str, module: nn.Module, learning_rate: float | None = None) -> None:
         """Count a module among the learner's; with a learning rate it is trained."""
@@ -202,7 +207,7 @@ class LatentSAC:
 
         The batch is on `device`; on a GPU its shapes are always the same.
         """
-        info = self._work(batch)
+        info = self._recorded(batch.tensors()) if self._recorded else self._learn(batch)
         # Young averages forget faster, so that the initial weights do not linger.
         weight = max(1 - self.config.actor_average, 1 / (1 + self.updates))
         self.flat["average"].follow(self.flat["head"], weight)
@@ -275,8 +280,8 @@ class LatentSAC:
             self.log_alpha.copy_(state["log_alpha"])
         self.generator.set_state(state["generator"])
         self.updates = updates
-        if isinstance(self._work, Recorded):
-            self._work.forget()  # the optimisers' tensors are others now
+        if self._recorded:
+            self._recorded.forget()  # the optimisers' tensors are others now
 
 
 def adam(flat: Flat, learning_rate: float) -> torch.optim.Optimizer:

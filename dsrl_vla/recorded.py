@@ -1,75 +1,122 @@
-"""An update as one CUDA graph.
+"""A function of tensors as CUDA graphs.
 
-An update of networks as small as a steering head is some hundreds of kernels of a few microseconds each, and a GPU
-would wait for Python to launch every one of them. Recorded once, all are launched by a single call.
+What a steering head learns by, and what a sampler does, are hundreds to thousands of kernels of a few microseconds
+each, and a GPU waits for Python to launch every one of them. Recorded once, all are launched by a single call.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
-from .replay import Batch
+from .errors import first_line
 
-Info = dict[str, torch.Tensor]
-"""What an update says of itself: figures by name, each of no dimensions."""
-_WARM_UP = 3
-"""Calls that run as they are first, as torch asks for: libraries and optimisers set themselves up in them."""
+log = logging.getLogger(__name__)
+Tensors = dict[str, torch.Tensor]
+_KEPT = 16
+"""Shapes whose graphs are kept; beyond, the oldest goes."""
+_WARM_UP = 2
+"""Calls of a shape that run as they are first, in which libraries and optimisers set themselves up."""
+
+
+@dataclass
+class _Take:
+    """One shape of inputs, and its graph once there is one."""
+
+    left: int = _WARM_UP
+    graph: torch.cuda.CUDAGraph | None = None
+    inputs: list[torch.Tensor] = field(default_factory=list)
+    outputs: Tensors = field(default_factory=dict)
+    flat: torch.Tensor | None = None
+    """All outputs after one another: one copy hands them out."""
+
+    def replay(self, tensors: Tensors) -> Tensors:
+        assert self.graph is not None and self.flat is not None
+        torch._foreach_copy_(self.inputs, list(tensors.values()))
+        self.graph.replay()
+        parts = self.flat.clone().split([value.numel() for value in self.outputs.values()])
+        return {k: part.view(v.shape) for (k, v), part in zip(self.outputs.items(), parts, strict=True)}
 
 
 class Recorded:
-    """A function of a batch on a GPU, called for its effects and figures; from the fourth call on replayed.
+    """A function from named tensors to named tensors of one dtype, all on one GPU; from the third call on replayed.
 
-    It has to be the same work every time, but for the numbers in the batch and those it draws from `generator`: a
-    branch or a Python number is as it was when it was recorded. All else that it reads and writes is found where it
-    was in memory: after that has been replaced, and not just written over, call `forget`. Batches of another shape
-    are recorded anew.
+    It has to be the same work every time for inputs of the same shapes, but for the numbers in them and those it draws
+    from `generator`: a branch or a Python number is as it was when it was recorded. All else that it reads and writes
+    is found where it was in memory: after that has been replaced, and not just written over, call `forget`. Where
+    recording fails it is said once, and the function goes on being called.
+
+    Args:
+        what: names it in words.
+        weight: gives one of the weights it reads, by whose place in memory it is noticed that they have been moved.
     """
 
-    def __init__(self, function: Callable[[Batch], Info], generator: torch.Generator):
-        self.function, self.generator = function, generator
-        self.forget()
+    def __init__(
+        self,
+        function: Callable[[Tensors], Tensors],
+        what: str,
+        weight: Callable[[], torch.Tensor],
+        generator: torch.Generator | None = None,
+    ):
+        self.function, self.what, self.weight, self.generator = function, what, weight, generator
+        self._takes: dict[tuple, _Take] = {}
+        self._pool: Any = None
+        self._failed, self._read_at = False, 0
 
     def forget(self) -> None:
         """Record anew."""
-        self._graph: torch.cuda.CUDAGraph | None = None
-        self._left = _WARM_UP
-        self._shapes: list[torch.Size] = []
-        self._inputs: list[torch.Tensor] = []
-        self._names: list[str] = []
-        self._figures = torch.empty(0)
+        self._takes.clear()
 
-    def __call__(self, batch: Batch) -> Info:
-        tensors = batch.tensors()
-        shapes = [value.shape for value in tensors.values()]
-        if shapes != self._shapes:
+    def __call__(self, tensors: Tensors) -> Tensors:
+        weight = self.weight()
+        if self._failed or not weight.is_cuda:
+            return self.function(tensors)
+        if weight.data_ptr() != self._read_at:
             self.forget()
-            self._shapes = shapes
-        if self._left:
-            self._left -= 1
-            return self._aside(batch)
-        if self._graph is None:
-            self._record(tensors)
-        assert self._graph is not None
-        torch._foreach_copy_(self._inputs, list(tensors.values()))
-        self._graph.replay()
-        return dict(zip(self._names, self._figures.clone().unbind(), strict=True))
+            self._read_at = weight.data_ptr()
+        key = tuple((name, value.shape, value.dtype) for name, value in tensors.items())
+        take = self._takes.get(key)
+        if take is None:
+            if len(self._takes) >= _KEPT:
+                self._takes.pop(next(iter(self._takes)))
+            take = self._takes[key] = _Take()
+        if take.left:
+            take.left -= 1
+            return self._aside(tensors)
+        if take.graph is None and not self._record(take, tensors):
+            return self.function(tensors)
+        return take.replay(tensors)
 
-    def _aside(self, batch: Batch) -> Info:
+    def _aside(self, tensors: Tensors) -> Tensors:
         """The function itself, on a stream of its own, as it will be recorded."""
         here, aside = torch.cuda.current_stream(), torch.cuda.Stream()
         aside.wait_stream(here)
         with torch.cuda.stream(aside):
-            info = self.function(batch)
+            found = self.function(tensors)
         here.wait_stream(aside)
-        return info
+        for value in found.values():
+            value.record_stream(here)
+        return found
 
-    def _record(self, tensors: dict[str, torch.Tensor]) -> None:
+    def _record(self, take: _Take, tensors: Tensors) -> bool:
+        """Whether it could be recorded."""
         held = {name: value.clone() for name, value in tensors.items()}
         graph = torch.cuda.CUDAGraph()
-        graph.register_generator_state(self.generator)
-        with torch.cuda.graph(graph):
-            info = self.function(Batch.of(held))
-            self._figures = torch.stack(list(info.values()))
-        self._graph, self._inputs, self._names = graph, list(held.values()), list(info)
+        self._pool = self._pool or torch.cuda.graph_pool_handle()  # one for all: no two are replayed at once
+        if self.generator is not None:
+            graph.register_generator_state(self.generator)
+        try:
+            with torch.cuda.graph(graph, self._pool, capture_error_mode="thread_local"):
+                take.outputs = self.function(held)
+                take.flat = torch.cat([value.reshape(-1) for value in take.outputs.values()])
+        except RuntimeError as error:
+            why = first_line(error)
+            log.warning("%s is not recorded as a CUDA graph, and slower for it: %s", self.what, why)
+            self._failed = True
+            return False
+        take.graph, take.inputs = graph, list(held.values())
+        return True

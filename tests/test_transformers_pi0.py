@@ -74,7 +74,7 @@ def test_the_cache_with_room_holds_what_transformers_would_join():
     for layer in range(2):
         prefix.update(torch.randn(rows, groups, length, size), torch.randn(rows, groups, length, size), layer)
     before = [layer.keys.clone() for layer in prefix.layers]
-    joined, roomy = fan_out(prefix, 3), spread(prefix, 3)
+    joined, roomy = fan_out(prefix, 3), spread([(layer.keys, layer.values) for layer in prefix.layers], 3)
     for step in (5, 5, 2):
         for layer in range(2):
             new = torch.randn(2, rows * 3, groups, step, size)

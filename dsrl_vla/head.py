@@ -22,6 +22,7 @@ from .head_config import CONFIG, WEIGHTS, HeadConfig
 from .networks import ImageTokens, build
 from .observation import IMAGE_PREFIX, STATE, Observations
 from .policy import Encoding
+from .recorded import Recorded
 from .run_dir import make_folder, write_tensors, write_text
 
 _LOG_STD = (-5.0, 2.0)
@@ -107,6 +108,7 @@ class SteeringHead(nn.Module):
         self.eyes = Eyes(config)
         self.network = build(config.network, 1, self.eyes.sizes, (0, 0), vectors, 2 * dim)
         self.register_buffer("start", torch.zeros(vectors, dim))
+        self._recorded = Recorded(self._named_distribution, "the head", self._weight)
 
     def start_at(self, latent: torch.Tensor) -> None:
         """Let the untrained head choose about `latent` (n, d) in [-1, 1] wherever it looks: a warm start."""
@@ -128,6 +130,12 @@ class SteeringHead(nn.Module):
         mean, log_std = out.chunk(2, -1)
         return mean + self.start, log_std.clamp(*_LOG_STD)
 
+    def _named_distribution(self, inputs: HeadInputs) -> dict[str, torch.Tensor]:
+        return dict(zip(("mean", "log_std"), self.distribution(inputs), strict=True))
+
+    def _weight(self) -> torch.Tensor:
+        return self.start
+
     def sample(self, inputs: HeadInputs, source: Source = None) -> tuple[torch.Tensor, torch.Tensor]:
         """Reparametrised latents (B, n, d) in [-1, 1] and their log density (B,), in units of that box."""
         mean, log_std = self.distribution(inputs)
@@ -142,7 +150,8 @@ class SteeringHead(nn.Module):
 
         Inputs and latents are on the CPU, wherever the head is.
         """
-        mean, log_std = self.distribution({name: value.to(self.start.device) for name, value in inputs.items()})
+        found = self._recorded({name: value.to(self.start.device) for name, value in inputs.items()})
+        mean, log_std = found["mean"], found["log_std"]
         if generators is not None:
             epsilon = torch.stack([torch.randn(mean.shape[1:], generator=g) for g in generators])
             mean = mean + log_std.exp() * epsilon.to(mean.device)

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -149,9 +149,6 @@ def alpha_loss(log_alpha: torch.Tensor, entropy: torch.Tensor, target_entropy: f
 class LatentSAC:
     """Head, critics, temperature and their optimisers; `update` does one gradient step of each."""
 
-    recordable: ClassVar[bool] = True
-    """Whether an update is the same work whatever the numbers, and so can be one CUDA graph."""
-
     def __init__(
         self,
         head: SteeringHead,
@@ -182,9 +179,9 @@ class LatentSAC:
         """Where an update's random numbers come from."""
         self.updates = 0
         self._recorded = None
-        if self.device.type == "cuda" and self.recordable:
+        if self.device.type == "cuda":
             learn, weight = lambda held: self._learn(Batch.of(held)), lambda: self.log_alpha
-            self._recorded = Recorded(learn, "the update", weight, self.generator)
+            self._recorded = Recorded(learn, "the update", weight, repeatable=False, generator=self.generator)
 
     def _own(self, name: str, module: nn.Module, learning_rate: float | None = None) -> None:
         """Count a module among the learner's; with a learning rate it is trained."""

@@ -27,7 +27,7 @@ def build_learner(
 ) -> LatentSAC:
     """DSRL-SAC, DSRL-NA over a noise bank, or DSRL-NA as the paper has it (denoising in the update).
 
-    `head` is moved to `device`, where all else is made.
+    `head` is moved to `device`, where all else is made; the last one learns on the CPU, wherever its base is.
 
     Raises:
         DsrlError: no base, for the one that asks it.
@@ -39,4 +39,4 @@ def build_learner(
         return NoiseAliasing(head, critic, sac, value_bounds, seed, device, na=na, action_dim=width)
     if base is None:
         raise bad("algorithm", "sac or na, which update without the base, in several processes", algorithm)
-    return ExactNoiseAliasing(head, critic, sac, value_bounds, seed, device, na=na, action_dim=width, base=base)
+    return ExactNoiseAliasing(head, critic, sac, value_bounds, seed, na=na, action_dim=width, base=base)

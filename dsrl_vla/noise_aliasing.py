@@ -167,8 +167,6 @@ class ExactNoiseAliasing(NoiseAliasing):
     the yardstick for the bank.
     """
 
-    recordable = False  # what a base does in its sampler, it alone knows
-
     def __init__(self, *args, base: FrozenPolicy, **kwargs):
         super().__init__(*args, **kwargs)
         self.base = base
@@ -194,11 +192,11 @@ class ExactNoiseAliasing(NoiseAliasing):
         return self.action_target.value(batch.next_inputs, action)
 
     def _pairs(self, batch: Batch) -> Pairs:
-        latent = uniform(batch.latent.shape, self.draws, batch.latent.device) * 2 - 1
+        latent = uniform(batch.latent.shape, self.draws) * 2 - 1
         return batch.inputs, latent, self._denoise(batch.extras, latent)
 
     def _denoise(self, extras: Extras, latent: torch.Tensor) -> torch.Tensor:
         prefix = {k.removeprefix(PREFIX): v for k, v in extras.items() if k.startswith(PREFIX)}
         noise = self.head.layout.expand(latent).unsqueeze(1)
         chunks = self.base.denoise(self.base.unpack(prefix), noise)
-        return chunks[:, 0, : self.base.spec.executed_steps].to(self.device)
+        return chunks[:, 0, : self.base.spec.executed_steps]

@@ -117,8 +117,7 @@ class TrainConfig:
     """Losses, rewards, observations and actions that are not finite to skip, before the run stops."""
     seed: int = 0
     device: str = "cpu"
-    """Where head and critics learn: cpu, cuda or cuda:<n>, of which base.device is independent. On a GPU an update is
-    one CUDA graph (na-exact excepted)."""
+    """Where head and critics learn: cpu, cuda or cuda:<n>, of which base.device is independent."""
     threads: int = 1
     """Torch threads; small networks are fastest, and repeatable, on one."""
     tracker: Literal["none", "tensorboard", "wandb", "trackio"] = "none"
@@ -178,6 +177,8 @@ class Recipe:
             raise bad("eval.baselines best-of-k", "algorithm na or na-exact, which have a Q^A", "sac")
         if self.train.env_steps == 0 and not (self.offline.source and self.offline.updates):
             raise bad("train.env_steps", "1 or more, or offline.source and offline.updates", 0)
+        if self.algorithm == "na-exact" and self.train.device != "cpu":
+            raise bad("train.device", "cpu for na-exact, whose time goes into its base", self.train.device)
         if self.algorithm == "na-exact" and self.rollout.backend != "inline":
             raise bad("algorithm", "sac or na with workers: the prefixes are too much to send", "na-exact")
         if self.rollout.backend == "ray" and self.base.device.startswith("cuda") and not self.rollout.gpus:

@@ -6,6 +6,7 @@ each, and a GPU waits for Python to launch every one of them. Recorded once, all
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -17,8 +18,8 @@ from .errors import first_line
 
 log = logging.getLogger(__name__)
 Tensors = dict[str, torch.Tensor]
-_KEPT = 16
-"""Shapes whose graphs are kept; beyond, the oldest goes."""
+_MOST = 16
+"""Shapes that are recorded; others, of batches that change all the time, run as they are."""
 _WARM_UP = 2
 """Calls of a shape that run as they are first, in which libraries and optimisers set themselves up."""
 
@@ -43,7 +44,7 @@ class _Take:
 
 
 class Recorded:
-    """A function from named tensors to named tensors of one dtype, all on one GPU; from the third call on replayed.
+    """A function from named tensors to named tensors of one dtype, all on one GPU, replayed. On a CPU just called.
 
     It has to be the same work every time for inputs of the same shapes, but for the numbers in them and those it draws
     from `generator`: a branch or a Python number is as it was when it was recorded. All else that it reads and writes
@@ -52,6 +53,8 @@ class Recorded:
 
     Args:
         what: names it in words.
+        repeatable: whether it changes nothing: then even the first call is a replay, and equal calls are equal bit for
+            bit. Otherwise those of a shape are from the third on.
         weight: gives one of the weights it reads, by whose place in memory it is noticed that they have been moved.
     """
 
@@ -60,12 +63,20 @@ class Recorded:
         function: Callable[[Tensors], Tensors],
         what: str,
         weight: Callable[[], torch.Tensor],
+        *,
+        repeatable: bool = True,
         generator: torch.Generator | None = None,
     ):
-        self.function, self.what, self.weight, self.generator = function, what, weight, generator
+        self.function, self.what, self.weight = function, what, weight
+        self.repeatable, self.generator = repeatable, generator
         self._takes: dict[tuple, _Take] = {}
         self._pool: Any = None
         self._failed, self._read_at = False, 0
+
+    def __deepcopy__(self, memo: dict) -> Recorded:
+        """Of the copies of what it belongs to, without its graphs. Function and weight have to be bound methods."""
+        function, weight = copy.deepcopy(self.function, memo), copy.deepcopy(self.weight, memo)
+        return Recorded(function, self.what, weight, repeatable=self.repeatable, generator=self.generator)
 
     def forget(self) -> None:
         """Record anew."""
@@ -79,14 +90,14 @@ class Recorded:
             self.forget()
             self._read_at = weight.data_ptr()
         key = tuple((name, value.shape, value.dtype) for name, value in tensors.items())
-        take = self._takes.get(key)
-        if take is None:
-            if len(self._takes) >= _KEPT:
-                self._takes.pop(next(iter(self._takes)))
-            take = self._takes[key] = _Take()
-        if take.left:
+        if key not in self._takes and len(self._takes) >= _MOST:
+            return self.function(tensors)
+        take = self._takes.setdefault(key, _Take())
+        while take.left:
             take.left -= 1
-            return self._aside(tensors)
+            found = self._aside(tensors)
+            if not self.repeatable:
+                return found
         if take.graph is None and not self._record(take, tensors):
             return self.function(tensors)
         return take.replay(tensors)
@@ -114,6 +125,8 @@ class Recorded:
                 take.outputs = self.function(held)
                 take.flat = torch.cat([value.reshape(-1) for value in take.outputs.values()])
         except RuntimeError as error:
+            while error.__context__ is not None:  # what comes last says only that something came before
+                error = error.__context__  # type: ignore[assignment]
             why = first_line(error)
             log.warning("%s is not recorded as a CUDA graph, and slower for it: %s", self.what, why)
             self._failed = True

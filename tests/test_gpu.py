@@ -87,7 +87,10 @@ def test_updates_are_those_of_a_cpu(algorithm, kind, monkeypatch):
         found[device] = weights(learner) | info
     assert all(tensor.is_cuda for tensor in info.values())
     found = {k: {n: t.cpu() for n, t in v.items() if not n.startswith("optimizer")} for k, v in found.items()}
-    assert furthest(found["cuda"], found["cpu"]) < 2e-3
+    said = [[v[name] for name in info] for v in found.values()]
+    assert torch.allclose(*map(torch.stack, said), rtol=0.01, atol=1e-3)
+    # Adam's first steps are as long for the least gradient as for the greatest, and so are their differences.
+    assert furthest(found["cuda"], found["cpu"]) < 0.02
 
 
 @pytest.mark.parametrize("algorithm", ["sac", "na"])
@@ -131,11 +134,11 @@ def test_batches_of_another_shape_are_recorded_anew():
     assert learner.updates == 12 and all(torch.isfinite(t).all() for t in weights(learner).values())
 
 
-@pytest.mark.parametrize("algorithm", ["sac", "na", "na-exact"])
-def test_a_run_with_base_and_learner_on_the_gpu(algorithm, fork_folder, tmp_path):
+@pytest.mark.parametrize("algorithm", ["sac", "na"])
+def test_a_run_whose_learner_is_on_the_gpu(algorithm, fork_folder, tmp_path):
     recipe = load_recipe("drawer-open", {
         "algorithm": algorithm, "name": "short",
-        "base": {"uri": f"flow-mlp:{fork_folder}", "device": "cuda"},
+        "base": {"uri": f"flow-mlp:{fork_folder}"},
         "task": {"uri": "point:fork", "max_episode_steps": 40, "num_envs": 8},
         "train": {"env_steps": 4000, "learning_starts": 64, "gradient_steps": 1.0, "validate_every": 1000,
                   "validation_episodes": 20, "device": "cuda", "checkpoint_every": 1000, "stop_at": None},
@@ -151,30 +154,25 @@ def test_a_run_with_base_and_learner_on_the_gpu(algorithm, fork_folder, tmp_path
     assert again.evaluation["steered"]["success"] == result["steered"]["success"]
 
 
-@pytest.mark.parametrize("uri", ["nano:", "fork"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_base_does_what_it_does_on_a_cpu(uri, dtype, fork_folder, observation):
-    if uri == "fork" and dtype == "bfloat16":
-        pytest.skip("a flow MLP is float32")
-    uri = f"flow-mlp:{fork_folder}" if uri == "fork" else uri
-    options = {"dtype": dtype} if dtype != "float32" else {}
-    base, there = load_base(uri, **options), load_base(uri, device="cuda", **options)
+def test_a_base_does_what_it_does_on_a_cpu(dtype, observation):
+    base, there = load_base("nano:", dtype=dtype), load_base("nano:", device="cuda", dtype=dtype)
     assert base.sha256() == there.sha256() and base.fingerprint().weights == there.fingerprint().weights
     seen = batch([observation(base, seed) for seed in range(3)])
     noise = base.spec.noise.sample(generators([0, 1, 2]), 8)
-    tolerance = 1e-4 if dtype == "float32" else 0.1
+    tolerance = 1e-3 if dtype == "float32" else 0.1
     encoding = there.encode(seen)
     together = there.denoise(encoding, noise)
     assert together.device.type == "cpu"
     assert (together - base.denoise(base.encode(seen), noise)).abs().max() < tolerance
     apart = torch.cat([there.denoise(encoding, noise[:, k : k + 1]) for k in range(8)], 1)
     assert (together - apart).abs().max() < tolerance
-    for _ in range(4):  # at the latest now they are recorded
-        assert (there.denoise(there.encode(seen), noise) - together).abs().max() < tolerance / 10
-    if uri == "nano:":
-        assert not there._look._failed and not there._sampler._failed
-        there.model.to("cpu"), there.model.to("cuda")  # its weights are elsewhere now
-        assert (there.denoise(there.encode(seen), noise) - together).abs().max() < tolerance / 10
+    assert torch.equal(there.denoise(there.encode(seen), noise), together)
+    assert not there._look._failed and not there._sampler._failed
+    there.model.to("cpu"), there.model.to("cuda")  # its weights are elsewhere now
+    assert torch.equal(there.denoise(there.encode(seen), noise), together)
+    there._look, there._sampler = there._look.function, there._sampler.function
+    assert (there.denoise(there.encode(seen), noise) - together).abs().max() < tolerance
     kept = {name: tensor.cpu() for name, tensor in there.pack(encoding).items()}
     rows = {name: tensor.cuda() for name, tensor in kept.items()}
     assert (there.denoise(there.unpack(rows), noise) - together).abs().max() < tolerance
@@ -192,8 +190,8 @@ def test_steering_on_the_gpu(observation):
     noise, reasons = policy.noise(seen, base.encode(seen), [0])
     assert reasons == [""] and noise.device.type == "cpu"
     assert torch.allclose(noise, expected, atol=1e-3)
-    chunks = [policy.act(observation(base)) for _ in range(5)]
-    assert chunks[0].abs().sum() > 0 and not policy.fallbacks
-    assert torch.equal(chunks[3], chunks[4]) and torch.allclose(chunks[0], chunks[4], atol=0.02)
+    first, again = policy.act(observation(base)), policy.act(observation(base))
+    assert first.abs().sum() > 0 and not policy.fallbacks and torch.equal(first, again)
+    assert not policy.head._recorded._failed
     with policy.disabled():
         assert torch.equal(policy.act(observation(base), seed=5), base.act(observation(base), seed=5))

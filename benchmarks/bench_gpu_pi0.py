@@ -10,6 +10,7 @@ Wall-clock time from an observation of pictures to actions on the CPU. Prefix an
 from __future__ import annotations
 
 import copy
+import gc
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -129,6 +130,7 @@ def decisions(base: Any, rounds: int) -> dict[str, np.ndarray]:
         "the head's noise, on the GPU": lambda: near.noise(several, encoding, [0]),
         "steered": lambda: far.act(seen),
         "steered, head on the GPU": lambda: near.act(seen),
+        "pictures to inputs": lambda: base.processing(several, base.model.device, base.model.dtype),
         "encode": lambda: base.encode(several),
     }
     sides |= {f"denoise, K={k}": lambda w=w: base.denoise(encoding, w) for k, w in noise.items()}
@@ -179,6 +181,7 @@ def main() -> int:
         found[cameras]["peak_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
         goals += goals_of(found[cameras], cameras)
         del base
+        gc.collect()
         torch.cuda.empty_cache()
     ceiling = {name: float(f"{value:.4g}") for name, value in rates.items()}
     gpu = torch.cuda.get_device_name()

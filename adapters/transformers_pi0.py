@@ -64,6 +64,10 @@ class TransformersPi0(FrozenPolicy):
             revision=revision,
         )
 
+    @property
+    def device(self) -> torch.device:
+        return self.model.device
+
     def _encode(self, observations: Observations, batch: int) -> Encoding:
         inputs = self.processing(observations, self.model.device, self.model.dtype)
         context = self._look(inputs)

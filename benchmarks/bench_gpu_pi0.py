@@ -117,7 +117,8 @@ def decisions(base: Any, rounds: int) -> dict[str, np.ndarray]:
         base.spec, NoiseLayout(base.spec.noise, "repeat", 1.5), NetworkConfig(), fingerprint=None
     )
     head, seen = SteeringHead(config).eval(), example(base)
-    near, far = SteeredPolicy(base, copy.deepcopy(head).cuda()), SteeredPolicy(base, head)
+    policy, far = SteeredPolicy(base, copy.deepcopy(head)), SteeredPolicy(base, head)
+    far.head.cpu()
     by_python = launched(base)
     several = unsqueeze(seen)
     noise = {count: base.spec.noise.sample(generators([0]), count) for count in (1, 8, 16)}
@@ -126,17 +127,16 @@ def decisions(base: Any, rounds: int) -> dict[str, np.ndarray]:
         "unsteered": lambda: base.act(seen, seed=0),
         "unsteered, unrecorded": lambda: by_python.act(seen, seed=0),
         "the base's noise": lambda: base.spec.noise.sample(generators([0])),
-        "the head's noise": lambda: far.noise(several, encoding, [0]),
-        "the head's noise, on the GPU": lambda: near.noise(several, encoding, [0]),
-        "steered": lambda: far.act(seen),
-        "steered, head on the GPU": lambda: near.act(seen),
+        "the head's noise": lambda: policy.noise(several, encoding, [0]),
+        "the head's noise, head on the CPU": lambda: far.noise(several, encoding, [0]),
+        "steered": lambda: policy.act(seen),
         "pictures to inputs": lambda: base.processing(several, base.model.device, base.model.dtype),
         "encode": lambda: base.encode(several),
     }
     sides |= {f"denoise, K={k}": lambda w=w: base.denoise(encoding, w) for k, w in noise.items()}
     sides |= {f"decision, K={k}": lambda w=w: base.denoise(base.encode(several), w) for k, w in noise.items()}
     times = on_the_gpu(sides, rounds, 1)
-    assert not far.fallbacks and not near.fallbacks, (far.last_fallback, near.last_fallback)
+    assert not policy.fallbacks and not far.fallbacks, (policy.last_fallback, far.last_fallback)
     return times
 
 

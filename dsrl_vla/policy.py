@@ -64,6 +64,11 @@ class FrozenPolicy(abc.ABC):
     spec: PolicySpec
     _fingerprint: Fingerprint | None = None
 
+    @property
+    def device(self) -> torch.device:
+        """Where its features are, and a head is best placed."""
+        return torch.device("cpu")
+
     def encode(self, observations: Observations) -> Encoding:
         """Run the prefix once over a batch.
 

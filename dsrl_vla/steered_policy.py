@@ -31,7 +31,7 @@ class SteeredPolicy:
     ...     same_as_base = policy.act(observation, seed=0)   # bit for bit base.act(observation, seed=0)
 
     Args:
-        head: one that was loaded, or what `SteeringHead.from_pretrained` takes.
+        head: one that was loaded, or what `SteeringHead.from_pretrained` takes. It is moved to where the base is.
         allow_mismatch: names of differences between `base` and the head's own base to put up with; see
             `dsrl_vla.pairing`.
         failsafe: when the base decides alone.
@@ -53,7 +53,7 @@ class SteeredPolicy:
 
             head = SteeringHead.from_pretrained(head)
         check_pair(head.config, base, allow_mismatch)
-        self.base, self.head = base, head.eval()
+        self.base, self.head = base, head.eval().to(base.device)
         self.guard = Guard(self.head, base.spec.noise, failsafe or FailSafe())
         self.enabled = True
         self.last_fallback = ""

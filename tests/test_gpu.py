@@ -7,6 +7,7 @@ import pytest
 import torch
 from dsrl_vla import SteeredPolicy, SteeringHead, draws, load_base, load_recipe, train
 from dsrl_vla.critic import CriticConfig
+from dsrl_vla.failsafe import FailSafe
 from dsrl_vla.head import HeadConfig
 from dsrl_vla.latent_sac import SACConfig
 from dsrl_vla.learners import build_learner
@@ -179,19 +180,22 @@ def test_a_base_does_what_it_does_on_a_cpu(dtype, observation):
 
 
 def test_steering_on_the_gpu(observation):
-    """The head may be on either side; whoever is switched off is the base bit for bit."""
+    """The head goes to where its base is, and may be on either side; switched off it is the base bit for bit."""
     base = load_base("nano:", device="cuda", dtype="bfloat16")
     layout = NoiseLayout(base.spec.noise, "repeat", 1.5)
     torch.manual_seed(0)
     head = SteeringHead(HeadConfig.for_base(base.spec, layout, NetworkConfig()))
     seen = unsqueeze(observation(base))
     expected = head.noise(seen, base.encode(seen), None)
-    policy = SteeredPolicy(base, head.cuda())
+    policy = SteeredPolicy(base, head, failsafe=FailSafe(deadline_s=20.0))  # in a thread of its own
+    assert policy.head.start.is_cuda
     noise, reasons = policy.noise(seen, base.encode(seen), [0])
     assert reasons == [""] and noise.device.type == "cpu"
     assert torch.allclose(noise, expected, atol=1e-3)
     first, again = policy.act(observation(base)), policy.act(observation(base))
     assert first.abs().sum() > 0 and not policy.fallbacks and torch.equal(first, again)
     assert not policy.head._recorded._failed
+    policy.head.cpu()
+    assert torch.allclose(policy.act(observation(base)), again, atol=0.02)
     with policy.disabled():
         assert torch.equal(policy.act(observation(base), seed=5), base.act(observation(base), seed=5))

@@ -15,7 +15,7 @@ ROBOSUITE_VENV ?= .venv-robosuite
 OUT ?= runs/demo
 JOBS ?= auto
 
-.PHONY: demo test lint bench bench-metaworld paper paper-robosuite lerobot-env test-lerobot openpi-env test-openpi clean
+.PHONY: demo test lint bench bench-gpu bench-metaworld paper paper-robosuite lerobot-env test-lerobot openpi-env test-openpi clean
 .DEFAULT_GOAL := help
 
 help:
@@ -24,7 +24,7 @@ help:
 	@echo "make lerobot-env   set up $(LEROBOT_VENV) with LeRobot (Python 3.12 or newer, about 6 GB)"
 	@echo "make lint   ruff and mypy"
 	@echo "make openpi-env   an environment with openpi, in $(OPENPI_VENV) (2 GB)"
-	@echo "make bench  measure speed and memory against their goals (about an hour)"
+	@echo "make bench  measure speed and memory against their goals (about an hour; with a GPU, there too: make bench-gpu)"
 	@echo "make bench-metaworld   the README's table again (about two hours on two cores)"
 	@echo "make paper  the paper's Gym benchmark, three seeds of what is missing, and benchmarks/REPORT.md (about four hours)"
 	@echo "make paper-robosuite   the same on robosuite's Lift, Can and Square, in $(ROBOSUITE_VENV) (what is missing may take a day)"
@@ -80,7 +80,12 @@ bench: $(VENV)/ready
 	-$(BIN)/python benchmarks/bench_overlap.py
 	-$(BIN)/python -m pip install --quiet -e ".[ray]" && $(BIN)/python benchmarks/bench_scaling.py
 	-$(BIN)/python benchmarks/bench_demo.py
+	@if $(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then $(MAKE) bench-gpu; fi
 	$(BIN)/python benchmarks/report.py
+
+bench-gpu: $(VENV)/ready
+	-$(BIN)/python benchmarks/bench_gpu_learner.py
+	-$(BIN)/python benchmarks/bench_gpu_pi0.py
 
 # Runs that benchmarks/results/paper_gym.json holds are not repeated.
 paper: $(VENV)/ready

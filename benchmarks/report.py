@@ -23,14 +23,16 @@ SCRIPTS = {
     "demo_time": "bench_demo.py",
     "import": "bench_import.py",
     "memory": "bench_memory.py",
+    "gpu_learner": "bench_gpu_learner.py",
+    "gpu_pi0": "bench_gpu_pi0.py",
 }
 INTRODUCTION = """# Performance
 
 Written by `benchmarks/report.py` from the JSON in `benchmarks/results/`; `make bench` measures it all again. Ratios
 are taken within a round, in which the compared sides take turns on one thread; a figure is the median over rounds,
 and of a single round there is no spread. The clock is CPU time, but for collecting
-while learning and for rollout workers, where it is the wall's. The machine was a shared one (two cores under other
-load): trust ratios, not milliseconds. Ratios too differ between processors; "x86_64" was an AMD one.
+while learning, for rollout workers and on a GPU, where it is the wall's. The machine was a shared one (two cores
+under other load): trust ratios, not milliseconds. Ratios too differ between processors; "x86_64" was an AMD one.
 """
 GIB = 2**30
 
@@ -50,7 +52,7 @@ def goal_table(results: dict[str, dict[str, Any]]) -> list[str]:
             verdict = "met" if goal["met"] else "**missed**"
             found = f"{goal['value']:.4g}{unit} | {sign} {goal['goal']:g}{unit} | {verdict}"
             rounds = "computed" if result.get("computed") else result["rounds"]
-            processor = result.get("machine", {}).get("processor", "")
+            processor = result.get("gpu") or result.get("machine", {}).get("processor", "")
             rows.append(f"| {goal['what']} | {found} | {rounds} | {processor} | `{SCRIPTS[name]}` |")
     return rows
 
@@ -117,6 +119,51 @@ def memory_table(result: dict[str, Any]) -> list[str]:
     return rows
 
 
+def updates_table(result: dict[str, Any]) -> list[str]:
+    """Updates on a GPU."""
+    rows = ["| | ours | ours, launched from Python | SB3's | host syncs per update, ours and SB3's |"]
+    rows += ["|---|---|---|---|---|"]
+    words = {"plain": "the same network", "normed": "the same network with LayerNorms"}
+    for size, found in result["against_sb3"].items():
+        rates = {side: f"{rate['median']:g}" for side, rate in found["updates_per_second"].items()}
+        syncs = found["syncs_per_update"]
+        for kind, name in words.items():
+            waits = f"{syncs[f'ours, {kind}']:g} and {syncs[f'sb3, {kind}']:g}"
+            launched = rates.get(f"ours, {kind}, unrecorded", "")
+            row = f"{size}, {name} | {rates[f'ours, {kind}']} | {launched} | {rates[f'sb3, {kind}']} | {waits}"
+            rows.append(f"| {row} |")
+    rows += ["", "Updates per second; milliseconds per update of the shipped recipes' networks, below.", ""]
+    times = result["shipped"]["ms_per_update"]
+    rows += ["| | recorded | of compiled networks | one thread of that CPU |", "|---|---|---|---|"]
+    for kind in ("transformer", "mlp"):
+        cells = (times[f"{kind}, {side}"]["median"] for side in ("gpu", "gpu, compiled", "cpu"))
+        rows.append(f"| {kind} | " + " | ".join(f"{value:.3g}" for value in cells) + " |")
+    return rows
+
+
+def decisions_table(result: dict[str, Any]) -> list[str]:
+    """A full-size π0's decisions on a GPU."""
+    found = result["cameras"]
+    ceilings = {name: value / 1e12 for name, value in result["ceilings"].items()}
+    rows = [
+        f"Milliseconds. Measured ceilings: {ceilings['flops_per_second']:.0f} Tflop/s (bfloat16), "
+        f"{ceilings['bytes_per_second']:.2f} TB/s. The floor counts the prefix's products and the reading of the "
+        "expert's weights, once per step.",
+        "",
+        f"| | {' | '.join(f'{cameras} cameras' for cameras in found)} |",
+        "|---|" + "---|" * len(found),
+    ]
+    for name in next(iter(found.values()))["ms"]:
+        cells = (f"{v['ms'][name]['median']:.3g} {v['ms'][name]['ci95']}" for v in found.values())
+        rows.append(f"| {name} | {' | '.join(cells)} |")
+    floors = (f"{v['floor_ms']['prefix']:.1f} + {v['floor_ms']['sampler']:.1f}" for v in found.values())
+    rows.append(f"| floor of an unsteered decision | {' | '.join(floors)} |")
+    rows.append(
+        f"| unsteered, times the floor | {' | '.join(str(v['over_the_floor']['median']) for v in found.values())} |"
+    )
+    return [*rows, f"| greatest memory, GiB | {' | '.join(str(v['peak_gib']) for v in found.values())} |"]
+
+
 def main() -> int:
     results = load()
     lines = [INTRODUCTION, *goal_table(results)]
@@ -128,6 +175,12 @@ def main() -> int:
         lines += ["", "## Rollout workers", "", *scaling_table(results["scaling"])]
     if "memory" in results:
         lines += ["", "## π0 on a 24 GB GPU", "", *memory_table(results["memory"])]
+    if "gpu_learner" in results:
+        lines += ["", f"## Updates on a GPU ({results['gpu_learner']['gpu']})", ""]
+        lines += updates_table(results["gpu_learner"])
+    if "gpu_pi0" in results:
+        lines += ["", f"## A full-size π0 on a GPU ({results['gpu_pi0']['gpu']})", ""]
+        lines += decisions_table(results["gpu_pi0"])
     (Path(__file__).parent / "PERFORMANCE.md").write_text("\n".join(lines) + "\n")
     goals = [goal for result in results.values() for goal in result["goals"]]
     for goal in goals:

@@ -69,12 +69,10 @@ class LaunchedTeam(Team):
         """As `Team.agree`.
 
         Raises:
-            DsrlError: a batch that cannot be shared equally; a learner that is not on the CPU.
+            DsrlError: a batch that cannot be shared equally.
         """
         if learner.config.batch % self.size:
             raise bad("sac.batch", f"a multiple of the {self.size} processes", learner.config.batch)
-        if learner.device.type != "cpu":
-            raise bad("train.device", f"cpu for {self.size} processes, which share updates over it", learner.device)
         self._join(learner)
         about = f"{learner.updates} {learner.bounds[0]!r} {learner.bounds[1]!r}\n{learner.head.config.to_json()}"
         text = torch.frombuffer(bytearray(about.encode()), dtype=torch.uint8)

@@ -84,9 +84,11 @@ def train(
     out, team = Path(out), join_team()
     recipe = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
     torch.set_num_threads(recipe.train.threads)
+    if team.size > 1 and recipe.train.device != "cpu":
+        raise bad("train.device", f"cpu for {team.size} processes, which share updates", recipe.train.device)
+    check_device("train.device", recipe.train.device)
     if isinstance(team, LaunchedTeam) and not team.leads:
         return RunResult(_follow(team, recipe), None, out, leads=False)
-    check_device("train.device", recipe.train.device)
     _prepare(recipe, out, resume)
     if base is not None and base.spec.uri != recipe.base.uri:
         words = "%s: the base is '%s', but other commands will load the recipe's, '%s', for this run. Set base.uri."

@@ -1,3 +1,4 @@
+import copy
 import json
 
 import pytest
@@ -144,3 +145,16 @@ def test_shrinking_keeps_the_mean():
 def test_bad_networks_are_refused(fields, message):
     with pytest.raises(DsrlError, match=message):
         NetworkConfig(**fields)
+
+
+def test_a_copy_of_a_head_chooses_by_its_own_weights():
+    """What is recorded on a GPU is found by where it is, and belongs to one head."""
+    torch.manual_seed(0)
+    head, given = SteeringHead(config()), inputs()
+    copied = copy.deepcopy(head)
+    with torch.no_grad():
+        before = head.latent(given, None)
+        copied.start += 0.5
+        assert torch.equal(head.latent(given, None), before)
+        assert (copied.latent(given, None) > before).all()
+    assert copied._recorded.function.__self__ is copied and copied._recorded.weight() is copied.start

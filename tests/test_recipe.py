@@ -1,6 +1,7 @@
 import pytest
+import torch
 import yaml
-from dsrl_vla import load_base, load_recipe
+from dsrl_vla import load_base, load_recipe, train
 from dsrl_vla.bases import adapters
 from dsrl_vla.errors import DsrlError, UnknownNameError
 from dsrl_vla.pretraining import load_pretrain_recipe
@@ -15,6 +16,21 @@ def write(tmp_path):
         return path
 
     return make
+
+
+def test_where_a_learner_may_be():
+    assert load_recipe("push", {"train": {"device": "cuda:1"}}).train.device == "cuda:1"
+    with pytest.raises(DsrlError, match=r"train.device: expected cpu, cuda or cuda:<n>, got 'gpu'"):
+        load_recipe("push", {"train": {"device": "gpu"}})
+    with pytest.raises(DsrlError, match="train.device: expected cpu for na-exact"):
+        load_recipe("push", {"train": {"device": "cuda"}, "algorithm": "na-exact"})
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_device_that_is_not_there_is_refused_before_anything_is_made(tmp_path):
+    with pytest.raises(DsrlError, match="train.device: expected a device that this build .* got 'cuda'"):
+        train(load_recipe("push", {"train": {"device": "cuda"}}), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("name", sorted(shipped()))

@@ -102,6 +102,8 @@ def test_the_command_line_is_launched_too_and_ends_well(written, tmp_path):
     assert json.loads((tmp_path / "run" / "eval.json").read_text())["updates"] > 0
     done = launch("-m", "dsrl_vla.cli", "train", path, "--out", tmp_path / "odd", "--sac.batch", "63")
     assert done.returncode != 0 and "sac.batch: expected a multiple of the 2 processes, got 63" in done.stderr
+    done = launch("-m", "dsrl_vla.cli", "train", path, "--out", tmp_path / "odd", "--train.device", "cuda")
+    assert done.returncode != 0 and "train.device: expected cpu for 2 processes" in done.stderr
 
 
 def test_a_leader_that_fails_inside_an_update_takes_the_others_with_it(written, tmp_path):

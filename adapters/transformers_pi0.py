@@ -32,15 +32,24 @@ _RENAMED = ({r"vision_tower\.(?!vision_model\.)": _OLD}, {r"vision_tower\.vision
 _FILES = ("*.json", "*.safetensors", "*.model", "*.txt")
 
 
+def _weight(model: Any) -> torch.Tensor:
+    return model.action_out_proj.weight
+
+
+def _sample(model: Any, steps: int, held: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """A context and noise to the normalised chunk."""
+    return {"chunk": pi0_sampling.denoise(model, held, held["noise"], steps)}
+
+
 class TransformersPi0(FrozenPolicy):
     """A frozen ``PI0ForConditionalGeneration`` with its processing."""
 
     def __init__(self, model: Any, processing: Pi0Processing, *, uri: str, repo_id: str = "", revision: str = ""):
         self.model = model.eval().requires_grad_(False)
         self.processing = processing
-        weight = lambda: model.action_out_proj.weight
+        weight, steps = partial(_weight, model), model.config.num_inference_steps
         self._look = Recorded(partial(pi0_sampling.look, model), f"the prefix of '{uri}'", weight)
-        self._sampler = Recorded(self._sample, f"the sampler of '{uri}'", weight)
+        self._sampler = Recorded(partial(_sample, model, steps), f"the sampler of '{uri}'", weight)
         config, stats = model.config, processing.statistics
         executed = stats.executed_steps or config.chunk_size
         if not 1 <= executed <= config.chunk_size:
@@ -77,10 +86,6 @@ class TransformersPi0(FrozenPolicy):
     def _denoise(self, encoding: Encoding, noise: torch.Tensor) -> torch.Tensor:
         chunk = self._sampler(encoding.context | {"noise": noise.to(self.model.device)})["chunk"]
         return self.processing.actions(chunk)
-
-    def _sample(self, held: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """A context and noise to the normalised chunk."""
-        return {"chunk": pi0_sampling.denoise(self.model, held, held["noise"], self.spec.sampler_steps)}
 
     def pack(self, encoding: Encoding) -> dict[str, torch.Tensor]:
         return encoding.context

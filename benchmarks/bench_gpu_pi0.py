@@ -161,10 +161,10 @@ def goals_of(found: Mapping[str, Any], cameras: int) -> list[Goal]:
     """What is wanted of π0 with so many cameras."""
     name = f"π0 of full size, bf16, {cameras} cameras"
     part = found["per_cent_of_an_unrecorded_decision"]["the head's noise"]["median"]
-    whole = round(100 * (found["steered_over_unsteered"]["median"] - 1), 2)
+    whole = round(100 * (found["ms"]["steered"]["median"] / found["ms"]["unsteered"]["median"] - 1), 2)
     return [
         Goal(f"{name}: what a head adds to a decision as transformers launches it", part, 2.0, False, " %"),
-        Goal(f"{name}: what steering adds to a recorded decision, end to end", whole, 2.0, False, " %"),
+        Goal(f"{name}: what steering adds to a recorded decision (of the medians)", whole, 2.0, False, " %"),
         Goal(f"{name}: a decision with K = 8 over one with K = 1", found["K=8_over_K=1"]["median"], 1.5, False),
     ]
 

@@ -50,7 +50,7 @@ def at_least(least: float, config: object, where: str, *names: str) -> None:
             raise bad(f"{where}.{name}", f"{least} or more", getattr(config, name))
 
 
-def first_line(error: Exception) -> str:
+def first_line(error: BaseException) -> str:
     """What an exception says, for a message of one line; its kind where it says nothing."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 

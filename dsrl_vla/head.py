@@ -134,7 +134,7 @@ class SteeringHead(nn.Module):
         return dict(zip(("mean", "log_std"), self.distribution(inputs), strict=True))
 
     def _weight(self) -> torch.Tensor:
-        return self.start
+        return next(self.network.parameters())
 
     def sample(self, inputs: HeadInputs, source: Source = None) -> tuple[torch.Tensor, torch.Tensor]:
         """Reparametrised latents (B, n, d) in [-1, 1] and their log density (B,), in units of that box."""
@@ -145,6 +145,7 @@ class SteeringHead(nn.Module):
         squash = 2 * (math.log(2) - raw - F.softplus(-2 * raw))
         return raw.tanh(), (gaussian - squash).flatten(1).sum(1)
 
+    @torch.no_grad()
     def latent(self, inputs: HeadInputs, generators: list[torch.Generator] | None) -> torch.Tensor:
         """Latents (B, n, d) in [-1, 1]: the mode, or one sample per row from its own generator.
 

@@ -180,8 +180,9 @@ class LatentSAC:
         self.updates = 0
         self._recorded = None
         if self.device.type == "cuda":
-            learn, weight = lambda held: self._learn(Batch.of(held)), lambda: self.log_alpha
-            self._recorded = Recorded(learn, "the update", weight, repeatable=False, generator=self.generator)
+            self._recorded = Recorded(
+                self._learn_held, "the update", self._weight, repeatable=False, generator=self.generator
+            )
 
     def _own(self, name: str, module: nn.Module, learning_rate: float | None = None) -> None:
         """Count a module among the learner's; with a learning rate it is trained."""
@@ -223,6 +224,12 @@ class LatentSAC:
         self._step("alpha", loss)
         return info | more
 
+    def _learn_held(self, tensors: dict[str, torch.Tensor]) -> Info:
+        return self._learn(Batch.of(tensors))
+
+    def _weight(self) -> torch.Tensor:
+        return self.log_alpha
+
     def _jittered(self, batch: Batch) -> Batch:
         shake = partial(self.head.eyes.normalise.jittered, amount=self.config.jitter, source=self.draws)
         return replace(batch, inputs=shake(batch.inputs), next_inputs=shake(batch.next_inputs))
@@ -235,8 +242,10 @@ class LatentSAC:
 
     def _update_actor(self, batch: Batch, alpha: torch.Tensor) -> Info:
         self.critic.requires_grad_(False)  # or its own gradients would be computed, for nobody
-        loss, info = actor_loss(self.critic, self.head, alpha, batch, self.draws)
-        self.critic.requires_grad_(True)
+        try:
+            loss, info = actor_loss(self.critic, self.head, alpha, batch, self.draws)
+        finally:
+            self.critic.requires_grad_(True)
         self._step("head", loss)
         return info
 

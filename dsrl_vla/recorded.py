@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,6 +23,8 @@ _MOST = 16
 """Shapes that are recorded; others, of batches that change all the time, run as they are."""
 _WARM_UP = 2
 """Calls of a shape that run as they are first, in which libraries and optimisers set themselves up."""
+_ONE_AT_A_TIME = threading.RLock()
+"""CUDA records one graph at a time in a process; and a graph's inputs and outputs are where they are."""
 
 
 @dataclass
@@ -29,6 +32,8 @@ class _Take:
     """One shape of inputs, and its graph once there is one."""
 
     left: int = _WARM_UP
+    fits: bool = True
+    """Whether there was memory for it."""
     graph: torch.cuda.CUDAGraph | None = None
     inputs: list[torch.Tensor] = field(default_factory=list)
     outputs: Tensors = field(default_factory=dict)
@@ -49,13 +54,14 @@ class Recorded:
     It has to be the same work every time for inputs of the same shapes, but for the numbers in them and those it draws
     from `generator`: a branch or a Python number is as it was when it was recorded. All else that it reads and writes
     is found where it was in memory: after that has been replaced, and not just written over, call `forget`. Where
-    recording fails it is said once, and the function goes on being called.
+    recording fails it is said, and the function goes on being called. Threads take turns.
 
     Args:
         what: names it in words.
         repeatable: whether it changes nothing: then even the first call is a replay, and equal calls are equal bit for
             bit. Otherwise those of a shape are from the third on.
         weight: gives one of the weights it reads, by whose place in memory it is noticed that they have been moved.
+            Like `function` a bound method, or a `partial` over what it belongs to, so that a copy has its own.
     """
 
     def __init__(
@@ -69,67 +75,81 @@ class Recorded:
     ):
         self.function, self.what, self.weight = function, what, weight
         self.repeatable, self.generator = repeatable, generator
-        self._takes: dict[tuple, _Take] = {}
+        self.fails = False
+        """Whether it cannot be recorded."""
+        self.takes: dict[tuple, _Take] = {}
+        self._seen: torch.Tensor | None = None
+        """The weight as it was last looked at; held, so that nothing else can come to lie in its place."""
         self._pool: Any = None
-        self._failed, self._read_at = False, 0
+        self._stream: Any = None
 
     def __deepcopy__(self, memo: dict) -> Recorded:
-        """Of the copies of what it belongs to, without its graphs. Function and weight have to be bound methods."""
+        """Of the copies of what it belongs to, without its graphs."""
         function, weight = copy.deepcopy(self.function, memo), copy.deepcopy(self.weight, memo)
-        return Recorded(function, self.what, weight, repeatable=self.repeatable, generator=self.generator)
+        generator = copy.deepcopy(self.generator, memo)
+        return Recorded(function, self.what, weight, repeatable=self.repeatable, generator=generator)
 
     def forget(self) -> None:
         """Record anew."""
-        self._takes.clear()
+        self.takes.clear()
+        self._pool = None  # the memory of graphs that are gone is no pool any more
 
     def __call__(self, tensors: Tensors) -> Tensors:
         weight = self.weight()
-        if self._failed or not weight.is_cuda:
+        if self.fails or not weight.is_cuda:
             return self.function(tensors)
-        if weight.data_ptr() != self._read_at:
+        with _ONE_AT_A_TIME, torch.cuda.device(weight.device):
+            return self._call(tensors, weight)
+
+    def _call(self, tensors: Tensors, weight: torch.Tensor) -> Tensors:
+        if self._seen is None or weight.data_ptr() != self._seen.data_ptr():
             self.forget()
-            self._read_at = weight.data_ptr()
+            self._seen, self._stream = weight.detach(), torch.cuda.Stream()
         key = tuple((name, value.shape, value.dtype) for name, value in tensors.items())
-        if key not in self._takes and len(self._takes) >= _MOST:
+        if key not in self.takes and len(self.takes) >= _MOST:
             return self.function(tensors)
-        take = self._takes.setdefault(key, _Take())
+        take = self.takes.setdefault(key, _Take())
         while take.left:
             take.left -= 1
             found = self._aside(tensors)
             if not self.repeatable:
                 return found
-        if take.graph is None and not self._record(take, tensors):
-            return self.function(tensors)
-        return take.replay(tensors)
+        if take.graph is None and take.fits:
+            self._try_to_record(take, tensors)
+        return take.replay(tensors) if take.graph is not None else self.function(tensors)
 
     def _aside(self, tensors: Tensors) -> Tensors:
-        """The function itself, on a stream of its own, as it will be recorded."""
-        here, aside = torch.cuda.current_stream(), torch.cuda.Stream()
-        aside.wait_stream(here)
-        with torch.cuda.stream(aside):
+        """The function itself, on the stream on which it will be recorded."""
+        here = torch.cuda.current_stream()
+        self._stream.wait_stream(here)
+        with torch.cuda.stream(self._stream):
             found = self.function(tensors)
-        here.wait_stream(aside)
+        here.wait_stream(self._stream)
         for value in found.values():
             value.record_stream(here)
         return found
 
-    def _record(self, take: _Take, tensors: Tensors) -> bool:
-        """Whether it could be recorded."""
+    def _try_to_record(self, take: _Take, tensors: Tensors) -> None:
+        """Give the take its graph; say so where that fails, and if only memory was short try other shapes."""
+        try:
+            with torch.cuda.stream(torch.cuda.current_stream()):  # which a recording that fails does not come back to
+                self._record(take, tensors)
+        except RuntimeError as error:
+            cause: BaseException = error
+            while cause.__context__ is not None:  # what comes last says only that something came before
+                cause = cause.__context__
+            log.warning("%s is not recorded as a CUDA graph, and slower for it: %s", self.what, first_line(cause))
+            take.fits, self.fails = False, not isinstance(cause, torch.OutOfMemoryError)
+            if self.fails:
+                self.forget()
+
+    def _record(self, take: _Take, tensors: Tensors) -> None:
         held = {name: value.clone() for name, value in tensors.items()}
         graph = torch.cuda.CUDAGraph()
-        self._pool = self._pool or torch.cuda.graph_pool_handle()  # one for all: no two are replayed at once
         if self.generator is not None:
             graph.register_generator_state(self.generator)
-        try:
-            with torch.cuda.graph(graph, self._pool, capture_error_mode="thread_local"):
-                take.outputs = self.function(held)
-                take.flat = torch.cat([value.reshape(-1) for value in take.outputs.values()])
-        except RuntimeError as error:
-            while error.__context__ is not None:  # what comes last says only that something came before
-                error = error.__context__  # type: ignore[assignment]
-            why = first_line(error)
-            log.warning("%s is not recorded as a CUDA graph, and slower for it: %s", self.what, why)
-            self._failed = True
-            return False
-        take.graph, take.inputs = graph, list(held.values())
-        return True
+        self._pool = self._pool or torch.cuda.graph_pool_handle()  # one for all: no two are replayed at once
+        with torch.cuda.graph(graph, self._pool, self._stream, capture_error_mode="thread_local"):
+            outputs = self.function(held)
+            flat = torch.cat([value.reshape(-1) for value in outputs.values()])
+        take.graph, take.inputs, take.outputs, take.flat = graph, list(held.values()), outputs, flat

@@ -1,6 +1,7 @@
 """On a GPU: an update is one CUDA graph that waits for nobody, and bases do what they do on a CPU. Skipped without."""
 
 import json
+import time
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from dsrl_vla.noise_aliasing import NAConfig
 from dsrl_vla.noise_bank import ACTION, BANK_ACTION, BANK_LATENT
 from dsrl_vla.observation import batch, unsqueeze
 from dsrl_vla.pairing import check_pair
+from dsrl_vla.recorded import Recorded
 from dsrl_vla.replay import Replay
 from dsrl_vla.run_dir import load_checkpoint
 
@@ -69,7 +71,7 @@ def test_recorded_updates_are_those_run_one_by_one(algorithm, kind):
         assert said.keys() == expected.keys()
         for name in said:
             assert torch.allclose(said[name], expected[name], rtol=1e-3, atol=1e-5), name
-    assert [take.graph is not None for take in recorded._recorded._takes.values()] == [True]
+    assert [take.graph is not None for take in recorded._recorded.takes.values()] == [True]
     assert furthest(weights(recorded), weights(plain)) < 1e-3
 
 
@@ -123,6 +125,7 @@ def test_a_learner_that_was_saved_goes_on_as_it_would_have():
     other.load_tensors(saved, 100)
     for each in given[100:]:
         other.update(each)
+    assert not other._recorded.fails and [take.graph is not None for take in other._recorded.takes.values()] == [True]
     assert furthest(weights(other), weights(learner)) < 1e-5
 
 
@@ -169,9 +172,10 @@ def test_a_base_does_what_it_does_on_a_cpu(dtype, observation):
     apart = torch.cat([there.denoise(encoding, noise[:, k : k + 1]) for k in range(8)], 1)
     assert (together - apart).abs().max() < tolerance
     assert torch.equal(there.denoise(there.encode(seen), noise), together)
-    assert not there._look._failed and not there._sampler._failed
+    assert not there._look.fails and not there._sampler.fails
     there.model.to("cpu"), there.model.to("cuda")  # its weights are elsewhere now
     assert torch.equal(there.denoise(there.encode(seen), noise), together)
+    assert not there._look.fails and not there._sampler.fails
     there._look, there._sampler = there._look.function, there._sampler.function
     assert (there.denoise(there.encode(seen), noise) - together).abs().max() < tolerance
     kept = {name: tensor.cpu() for name, tensor in there.pack(encoding).items()}
@@ -194,8 +198,40 @@ def test_steering_on_the_gpu(observation):
     assert torch.allclose(noise, expected, atol=1e-3)
     first, again = policy.act(observation(base)), policy.act(observation(base))
     assert first.abs().sum() > 0 and not policy.fallbacks and torch.equal(first, again)
-    assert not policy.head._recorded._failed
+    assert not policy.head._recorded.fails
     policy.head.cpu()
     assert torch.allclose(policy.act(observation(base)), again, atol=0.02)
     with policy.disabled():
         assert torch.equal(policy.act(observation(base), seed=5), base.act(observation(base), seed=5))
+
+
+def test_a_head_that_is_late_while_it_is_recorded_is_asked_again(observation):
+    base = load_base("nano:", device="cuda")
+    torch.manual_seed(0)
+    head = SteeringHead(HeadConfig.for_base(base.spec, NoiseLayout(base.spec.noise, "repeat", 1.5), NetworkConfig()))
+    policy = SteeredPolicy(base, head, failsafe=FailSafe(deadline_s=0.02))
+    for _ in range(5):
+        policy.act(observation(base))
+        time.sleep(1.0)
+    assert policy.last_fallback == "" and policy.fallbacks.get("deadline", 0) <= 1
+    assert not policy.head._recorded.fails and not base._look.fails and not base._sampler.fails
+
+
+def test_what_cannot_be_recorded_is_called_and_leaves_no_trace(caplog):
+    weight, here = torch.ones(1, device="cuda"), torch.cuda.current_stream()
+    peeking = Recorded(lambda held: {"y": held["x"] * held["x"].sum().item()}, "the peeking", lambda: weight)
+    for number in range(1, 4):
+        assert peeking({"x": torch.full((2,), float(number), device="cuda")})["y"].tolist() == [2.0 * number**2] * 2
+    assert peeking.fails and len(caplog.records) == 1
+    assert torch.cuda.current_stream() == here
+    doubling = Recorded(lambda held: {"y": held["x"] * 2}, "the doubling", lambda: weight)
+    assert doubling({"x": weight})["y"].item() == 2 and not doubling.fails
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="there is one GPU")
+def test_on_the_second_gpu_it_is_recorded_there(observation):
+    base, there = load_base("nano:"), load_base("nano:", device="cuda:1")
+    noise = base.spec.noise.sample(generators([0]), 2)
+    for seed in range(3):
+        seen = unsqueeze(observation(base, seed))
+        assert (there.denoise(there.encode(seen), noise) - base.denoise(base.encode(seen), noise)).abs().max() < 1e-3

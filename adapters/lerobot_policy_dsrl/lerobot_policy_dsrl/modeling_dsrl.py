@@ -108,7 +108,7 @@ class DsrlPolicy(PreTrainedPolicy):
     def to(self, *args: Any, **kwargs: Any) -> DsrlPolicy:
         """Move the base, which is loaded anew there: LeRobot's server asks for its device only after loading.
 
-        The head stays where it is, in float32: what it looks at is on the CPU, and it costs next to nothing.
+        The head goes with it, and stays in float32.
         """
         device = torch._C._nn._parse_to(*args, **kwargs)[0]
         if device is not None and device.type != torch.device(self.config.device or "cpu").type:

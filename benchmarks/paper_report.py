@@ -191,7 +191,7 @@ def command(task: str) -> str:
 
 
 def success_section(title: str, found: dict[str, Any], runs_of: Any) -> list[str]:
-    """Tasks with success: a table with every control, and IQM over the tasks that a variant has been run on."""
+    """Tasks with success: a table with every control, and IQM over the tasks that a variant has been run whole on."""
     columns = "task | base | zero | clipped | layout | variant | every seed | mean | steps to 0.90"
     lines = [f"## {title}", "", f"| {columns} |"]
     lines += ["|---|---|---|---|---|---|---|---|---|"]
@@ -201,7 +201,8 @@ def success_section(title: str, found: dict[str, Any], runs_of: Any) -> list[str
         known = " | ".join(f"{shown(m)[0]} {shown(m)[1]}" for m in cells)
         for variant, runs in runs_of(entry).items():
             each = [value(run["steered"]) for run in runs]
-            scores.setdefault(variant, {})[task] = each
+            if len(each) >= SEEDS:
+                scores.setdefault(variant, {})[task] = each
             seeds_told = ", ".join(f"{x:.2f}" for x in each)
             lines.append(f"| {task} | {known} | {variant} | {seeds_told} | **{np.mean(each):.2f}** | {speed(runs)} |")
     lines += ["", "| variant | tasks | seeds | IQM of success | 95 % interval |", "|---|---|---|---|---|"]

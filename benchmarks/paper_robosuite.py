@@ -44,7 +44,11 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "train": EARLY | {"learning_starts": 1},
     },
 }
-OF_TASK = {"lift": ("sac", "na", "na-exact", "offline-to-online"), "can-hard": ("offline-to-online", "na")}
+OF_TASK = {
+    "lift": ("sac", "na", "na-exact", "offline-to-online"),
+    "can-hard": ("offline-to-online", "na"),
+    "square": ("offline-to-online", "na"),
+}
 OTHERS = tuple(name for name in VARIANTS if name != "offline-to-online")
 """Variants of the tasks not named above: there the early runs tell what offline data save."""
 OWN = ("steered", "steered_stochastic", "difference", "finalists", "env_steps", "updates", "train_seconds")

@@ -30,10 +30,10 @@ INTRODUCTION = """# Performance
 
 Written by `benchmarks/report.py` from the JSON in `benchmarks/results/`; `make bench` measures it all again. Ratios
 are taken within a round, in which the compared sides take turns on one thread; a figure is the median over rounds,
-and of a single round there is no spread. The clock is CPU time, but for collecting
-while learning, for rollout workers and on a GPU, where it is the wall's. The machine was a shared one (two cores
-under other load): trust ratios, not milliseconds. Ratios too differ between processors; "x86_64" was an AMD one. The machine with
-the H200 was another one, of sixteen slow cores.
+and of a single round there is no spread. The clock is CPU time, but for collecting while learning, for rollout
+workers and on a GPU, where it is the wall's. The machine was a shared one (two cores under other load): trust ratios,
+not milliseconds. Ratios too differ between processors; "x86_64" was an AMD one. The machine with the H200 was
+another one, of sixteen slow cores.
 """
 GIB = 2**30
 

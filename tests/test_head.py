@@ -157,6 +157,5 @@ def test_a_copy_of_a_head_chooses_by_its_own_weights():
         copied.start += 0.5
         assert torch.equal(head.latent(given, None), before)
         assert (copied.latent(given, None) > before).all()
-    assert copied._recorded.function.__self__ is copied and copied._recorded.weight() is next(
-        copied.network.parameters()
-    )
+    assert copied._recorded.function.__self__ is copied
+    assert copied._recorded.weight() is next(copied.network.parameters())

@@ -45,11 +45,8 @@ class TransformersPi0(FrozenPolicy):
     """A frozen ``PI0ForConditionalGeneration`` with its processing."""
 
     def __init__(self, model: Any, processing: Pi0Processing, *, uri: str, repo_id: str = "", revision: str = ""):
-        self.model = model.eval().requires_grad_(False)
+        self.model = model
         self.processing = processing
-        weight, steps = partial(_weight, model), model.config.num_inference_steps
-        self._look = Recorded(partial(pi0_sampling.look, model), f"the prefix of '{uri}'", weight)
-        self._sampler = Recorded(partial(_sample, model, steps), f"the sampler of '{uri}'", weight)
         config, stats = model.config, processing.statistics
         executed = stats.executed_steps or config.chunk_size
         if not 1 <= executed <= config.chunk_size:
@@ -72,6 +69,18 @@ class TransformersPi0(FrozenPolicy):
             repo_id=repo_id,
             revision=revision,
         )
+
+    @property
+    def model(self) -> Any:
+        """The ``PI0ForConditionalGeneration``. Another one may be put in its place."""
+        return self._model
+
+    @model.setter
+    def model(self, model: Any) -> None:
+        self._model = model.eval().requires_grad_(False)
+        weight, steps = partial(_weight, model), model.config.num_inference_steps
+        self._look = Recorded(partial(pi0_sampling.look, model), "π0's prefix", weight)
+        self._sampler = Recorded(partial(_sample, model, steps), "π0's sampler", weight)
 
     @property
     def device(self) -> torch.device:

@@ -6,10 +6,13 @@ each, and a GPU waits for Python to launch every one of them. Recorded once, all
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import gc
 import logging
+import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -96,7 +99,7 @@ class Recorded:
 
     def __call__(self, tensors: Tensors) -> Tensors:
         weight = self.weight()
-        if self.fails or not weight.is_cuda:
+        if self.fails or not weight.is_cuda or torch.cuda.is_current_stream_capturing():
             return self.function(tensors)
         with _ONE_AT_A_TIME, torch.cuda.device(weight.device):
             return self._call(tensors, weight)
@@ -105,7 +108,7 @@ class Recorded:
         if self._seen is None or weight.data_ptr() != self._seen.data_ptr():
             self.forget()
             self._seen, self._stream = weight.detach(), torch.cuda.Stream()
-        key = tuple((name, value.shape, value.dtype) for name, value in tensors.items())
+        key = _key(tensors)
         if key not in self.takes and len(self.takes) >= _MOST:
             return self.function(tensors)
         take = self.takes.setdefault(key, _Take())
@@ -130,26 +133,87 @@ class Recorded:
         return found
 
     def _try_to_record(self, take: _Take, tensors: Tensors) -> None:
-        """Give the take its graph; say so where that fails, and if only memory was short try other shapes."""
+        """Give the take its graph; say so where that fails, and if only memory was short go on with other shapes."""
+        around, before = torch.cuda.current_stream(), sys.exception()
         try:
-            with torch.cuda.stream(torch.cuda.current_stream()):  # which a recording that fails does not come back to
+            with torch.cuda.stream(around):  # to which a recording that fails does not come back by itself
                 self._record(take, tensors)
-        except RuntimeError as error:
-            cause: BaseException = error
-            while cause.__context__ is not None:  # what comes last says only that something came before
-                cause = cause.__context__
-            log.warning("%s is not recorded as a CUDA graph, and slower for it: %s", self.what, first_line(cause))
-            take.fits, self.fails = False, not isinstance(cause, torch.OutOfMemoryError)
-            if self.fails:
-                self.forget()
+        except Exception as error:
+            why, short_of_memory = _told(error, before)
+        else:
+            return
+        log.warning("%s is not recorded as a CUDA graph, and slower for it: %s", self.what, why)
+        self._clean_up()
+        take.fits, self.fails = False, not short_of_memory
+        if short_of_memory:
+            self.takes[_key(tensors)] = take
+
+    def _clean_up(self) -> None:
+        """After a recording that failed; torch before 2.13 leaves pool and generators as if it still went on."""
+        index = torch.cuda.current_device()
+        with contextlib.suppress(RuntimeError):
+            torch._C._cuda_endAllocateToPool(index, self._pool)
+        for generator in (self.generator, torch.cuda.default_generators[index]):
+            if generator is not None:
+                generator.graphsafe_set_state(generator.clone_state())
+        self.forget()
 
     def _record(self, take: _Take, tensors: Tensors) -> None:
-        held = {name: value.clone() for name, value in tensors.items()}
+        self._pool = self._pool or torch.cuda.graph_pool_handle()  # one for all: no two are replayed at once
         graph = torch.cuda.CUDAGraph()
         if self.generator is not None:
             graph.register_generator_state(self.generator)
-        self._pool = self._pool or torch.cuda.graph_pool_handle()  # one for all: no two are replayed at once
-        with torch.cuda.graph(graph, self._pool, self._stream, capture_error_mode="thread_local"):
-            outputs = self.function(held)
-            flat = torch.cat([value.reshape(-1) for value in outputs.values()])
+        with _ordinary_tensors(), _undisturbed():
+            held = {name: value.clone() for name, value in tensors.items()}
+            with torch.cuda.graph(graph, self._pool, self._stream, capture_error_mode="thread_local"):
+                outputs = self.function(held)
+                flat = torch.cat([value.reshape(-1) for value in outputs.values()])
         take.graph, take.inputs, take.outputs, take.flat = graph, list(held.values()), outputs, flat
+
+
+def _key(tensors: Tensors) -> tuple:
+    """What one graph is good for."""
+    return tuple((name, value.shape, value.dtype) for name, value in tensors.items())
+
+
+@contextlib.contextmanager
+def _ordinary_tensors() -> Iterator[None]:
+    """Tensors made within it may be written over later, whatever mode is on now."""
+    with_gradients = torch.is_grad_enabled()
+    with torch.inference_mode(False), torch.set_grad_enabled(with_gradients):
+        yield
+
+
+@contextlib.contextmanager
+def _undisturbed() -> Iterator[None]:
+    """No garbage is collected within it, for a graph in it would end a recording; and cuBLAS takes its workspace from
+    the graph's own memory, which no other graph's end can take away."""
+    gc.collect()
+    collects = gc.isenabled()
+    gc.disable()
+    torch._C._cuda_clearCublasWorkspaces()
+    try:
+        yield
+    finally:
+        torch._C._cuda_clearCublasWorkspaces()
+        if collects:
+            gc.enable()
+
+
+def _told(error: BaseException, before: BaseException | None) -> tuple[str, bool]:
+    """What went wrong first, in words, and whether memory was short; `before` had gone wrong before.
+
+    Raises:
+        BaseException: that of a person who wants to stop.
+    """
+    chain: list[BaseException] = []
+    link: BaseException | None = error
+    while link is not None and link is not before:
+        chain.append(link)
+        link = link.__context__
+    for each in chain:
+        if not isinstance(each, Exception):
+            raise each
+    words, short = first_line(chain[-1]), any(isinstance(each, torch.OutOfMemoryError) for each in chain)
+    chain.clear()  # or a traceback would hold it, and it the traceback, with all the tensors there
+    return words, short

@@ -2,7 +2,9 @@
 
 import contextlib
 import copy
+import gc
 import logging
+import weakref
 
 import pytest
 import torch
@@ -38,6 +40,10 @@ class Stub(Recorded):
         self.booked.append("run")
         return self.function(tensors)
 
+    def _clean_up(self):
+        self.booked.append("clean up")
+        self.forget()
+
     def _record(self, take, tensors):
         if self.fault:
             raise self.fault
@@ -51,6 +57,7 @@ def make(monkeypatch):
     nothing = lambda *_: contextlib.nullcontext()
     for name in ("device", "stream", "current_stream", "Stream"):
         monkeypatch.setattr(recorded.torch.cuda, name, nothing)
+    monkeypatch.setattr(recorded.torch.cuda, "is_current_stream_capturing", lambda: False)
 
     def build(**options):
         weight = Weight()
@@ -124,7 +131,44 @@ def test_where_memory_is_short_for_one_shape_others_are_recorded(make):
     made.fault = None
     for rows in (9, 1, 1):
         made({"x": torch.ones(rows)})
-    assert not made.fails and made.booked == ["run", "run", "run", "run", "record", "replay", "replay"]
+    assert not made.fails and made.booked == ["run", "run", "clean up", "run", "run", "record", "replay", "replay"]
+
+
+def test_an_error_that_was_there_before_is_not_taken_for_the_reason(make, caplog):
+    made = make()
+    made.fault = ValueError("a mask of another shape")
+    try:
+        raise torch.OutOfMemoryError("somebody else's")
+    except torch.OutOfMemoryError:
+        made({"x": torch.ones(1)})
+    assert made.fails and "a mask of another shape" in caplog.text and "somebody" not in caplog.text
+
+
+def test_who_wants_to_stop_is_not_held_up_by_a_recording(make):
+    made = make()
+    made.fault = RuntimeError("operation failed due to a previous error during capture")
+    made.fault.__context__ = KeyboardInterrupt()
+    with pytest.raises(KeyboardInterrupt):
+        made({"x": torch.ones(1)})
+
+
+def test_a_failure_holds_on_to_nothing(make):
+    made, given = make(), torch.ones(4)
+    seen = weakref.ref(given)
+
+    def fail(take, tensors):
+        kept = dict(tensors)  # as a recording's inputs are
+        raise torch.OutOfMemoryError(f"for {len(kept)}")
+
+    made._record = fail
+    gc.collect()
+    gc.disable()
+    try:
+        made({"x": given})
+        del given
+        assert seen() is None
+    finally:
+        gc.enable()
 
 
 class Owner:

@@ -28,8 +28,7 @@ from dsrl_vla.nano.model import build_tokenizer
 from dsrl_vla.networks import NetworkConfig
 from dsrl_vla.noise import NoiseLayout, generators
 from dsrl_vla.observation import unsqueeze
-
-PROMPT = "pick up the black bowl and place it on the plate"
+from head_latency import PROMPT, example
 
 
 @dataclass(frozen=True)
@@ -57,13 +56,6 @@ def full_pi0(cameras: int) -> Any:
         state_std=(1.0,) * 8, actions_mean=(0.0,) * 7, actions_std=(1.0,) * 7, executed_steps=5,
     )  # fmt: skip
     return TransformersPi0(model, Pi0Processing(statistics, tokenizer, config.max_state_dim), uri="transformers:pi0")
-
-
-def example(base: Any) -> dict[str, Any]:
-    """A random observation."""
-    rng, spec = np.random.default_rng(0), base.spec.observation
-    images = {f"observation.images.{c}": rng.integers(0, 256, (224, 224, 3), dtype=np.uint8) for c in spec.cameras}
-    return images | {"observation.state": rng.normal(size=spec.state_dim).astype(np.float32), "task": PROMPT}
 
 
 def ceilings() -> dict[str, float]:

@@ -69,7 +69,6 @@ def side_by_side(
 
 def on_the_gpu(functions: Mapping[str, Callable[[], object]], rounds: int, repeats: int) -> dict[str, np.ndarray]:
     """Seconds of wall-clock time per call of each, the GPU's work included."""
-
     import torch
 
     def clock() -> float:

@@ -18,7 +18,8 @@ from .observation import STATE, select
 from .policy import Encoding, FrozenPolicy
 from .replay import Store
 from .rollout import ChunkResult, VectorTask
-from .under_way import UnderWay, part
+from .run_dir import part
+from .under_way import UnderWay
 from .watch import Finished
 
 log = logging.getLogger(__name__)

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from .faults import Faults
-from .under_way import part
+from .run_dir import part
 from .watch import Finished
 
 _COUNTERS = ("episodes", "env_steps", "decisions")

@@ -160,8 +160,8 @@ class LatentSAC:
     ):
         """`device`: where all of it lives and learns; `head` is moved there."""
         self.device = torch.device(device)
-        self.head, self.config, self.bounds = head.to(self.device), config, value_bounds
-        self.critic = CriticEnsemble(critic, head.config).to(self.device)
+        self.head, self.config, self.bounds = head, config, value_bounds
+        self.critic = CriticEnsemble(critic, head.config)
         self.target = copy.deepcopy(self.critic).requires_grad_(False)
         self.average = copy.deepcopy(head).requires_grad_(False)
         """The head to use: the actor, averaged over its updates."""

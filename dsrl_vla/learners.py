@@ -32,11 +32,12 @@ def build_learner(
     Raises:
         DsrlError: no base, for the one that asks it.
     """
+    shared = (head, critic, sac, value_bounds, seed)
     if algorithm == "sac":
-        return LatentSAC(head, critic, sac, value_bounds, seed, device)
+        return LatentSAC(*shared, device)
     width = head.config.action_dim
     if algorithm == "na":
-        return NoiseAliasing(head, critic, sac, value_bounds, seed, device, na=na, action_dim=width)
+        return NoiseAliasing(*shared, device, na=na, action_dim=width)
     if base is None:
         raise bad("algorithm", "sac or na, which update without the base, in several processes", algorithm)
-    return ExactNoiseAliasing(head, critic, sac, value_bounds, seed, na=na, action_dim=width, base=base)
+    return ExactNoiseAliasing(*shared, na=na, action_dim=width, base=base)

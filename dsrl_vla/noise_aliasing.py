@@ -15,6 +15,7 @@ import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
@@ -23,11 +24,11 @@ from .critic import CriticConfig, CriticEnsemble
 from .draws import uniform
 from .errors import bad
 from .head import HeadConfig, HeadInputs, SteeringHead
-from .latent_sac import Info, LatentSAC, SACConfig
+from .latent_sac import Info, LatentSAC
 from .noise_bank import ACTION, BANK_ACTION, BANK_LATENT, PREFIX, BankConfig, BankKeeper, Keeper, PrefixKeeper
 from .policy import FrozenPolicy
 from .replay import Batch, Extras, Held
-from .run_dir import write_tensors
+from .run_dir import part, write_tensors
 
 ACTION_CRITIC = "action_critic.safetensors"
 Pairs = tuple[HeadInputs, torch.Tensor, torch.Tensor]
@@ -93,22 +94,11 @@ def distillation_loss(
 class NoiseAliasing(LatentSAC):
     """DSRL-NA over a noise bank. `critic` and `target` are Q^W; `action_critic` is Q^A."""
 
-    def __init__(
-        self,
-        head: SteeringHead,
-        critic: CriticConfig,
-        config: SACConfig,
-        value_bounds: tuple[float, float],
-        seed: int,
-        device: str = "cpu",
-        *,
-        na: NAConfig,
-        action_dim: int,
-    ):
-        super().__init__(head, critic, config, value_bounds, seed, device)
-        self.na = na
-        self.action_critic = ActionCritic(critic, head.config, (head.config.executed_steps, action_dim))
-        self._own("action_critic", self.action_critic, config.critic_lr)
+    def __init__(self, *args: Any, na: NAConfig, action_dim: int, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.na, head = na, self.head.config
+        self.action_critic = ActionCritic(self.critic.config, head, (head.executed_steps, action_dim))
+        self._own("action_critic", self.action_critic, self.config.critic_lr)
 
     def fit_normaliser(self, replay: Held) -> None:
         """Fit the statistics of observations and actions on warm-up data."""
@@ -196,7 +186,6 @@ class ExactNoiseAliasing(NoiseAliasing):
         return batch.inputs, latent, self._denoise(batch.extras, latent)
 
     def _denoise(self, extras: Extras, latent: torch.Tensor) -> torch.Tensor:
-        prefix = {k.removeprefix(PREFIX): v for k, v in extras.items() if k.startswith(PREFIX)}
         noise = self.head.layout.expand(latent).unsqueeze(1)
-        chunks = self.base.denoise(self.base.unpack(prefix), noise)
+        chunks = self.base.denoise(self.base.unpack(part(extras, PREFIX)), noise)
         return chunks[:, 0, : self.base.spec.executed_steps]

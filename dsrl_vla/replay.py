@@ -19,7 +19,7 @@ import torch
 
 from .errors import bad
 from .head import HeadInputs
-from .run_dir import disk_errors
+from .run_dir import disk_errors, part
 
 Extras = dict[str, torch.Tensor]
 """What a learner wants kept beside an observation, by name: rows of one shape and dtype each."""
@@ -47,9 +47,9 @@ class Batch:
     extras: Extras = field(default_factory=dict)
     next_extras: Extras = field(default_factory=dict)
 
-    def rows(self, part: slice) -> Batch:
+    def rows(self, some: slice) -> Batch:
         """A view of some of the rows."""
-        cut = lambda value: {k: v[part] for k, v in value.items()} if isinstance(value, dict) else value[part]
+        cut = lambda value: {k: v[some] for k, v in value.items()} if isinstance(value, dict) else value[some]
         values: dict[str, Any] = {f.name: cut(getattr(self, f.name)) for f in fields(self)}
         return Batch(**values)
 
@@ -70,8 +70,7 @@ class Batch:
     @classmethod
     def of(cls, tensors: Mapping[str, torch.Tensor]) -> Batch:
         """Undo `tensors`."""
-        within = lambda name: {k.removeprefix(name): v for k, v in tensors.items() if k.startswith(name)}
-        values: dict[str, Any] = {f.name: tensors.get(f.name, within(f"{f.name}.")) for f in fields(cls)}
+        values: dict[str, Any] = {f.name: tensors.get(f.name, part(tensors, f"{f.name}.")) for f in fields(cls)}
         return cls(**values)
 
 
@@ -241,7 +240,6 @@ class Replay:
         """Undo `tensors`."""
         for name in ("latent", "reward", "discount", "index"):
             getattr(self, name)[: len(tensors[name])] = tensors[name]
-        for part, store in (("inputs.", self.inputs), ("extras.", self.extras)):
-            held = {k.removeprefix(part): v for k, v in tensors.items() if k.startswith(part)}
-            self._write(store, held, np.arange(min(observed, self.rows)))
+        for prefix, store in (("inputs.", self.inputs), ("extras.", self.extras)):
+            self._write(store, part(tensors, prefix), np.arange(min(observed, self.rows)))
         self.observed, self.added, self._known = observed, added, (-1, -1, 0)

@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .run_dir import load_checkpoint
-from .under_way import part
+from .run_dir import load_checkpoint, part
 
 if TYPE_CHECKING:
     from .trainer import Trainer

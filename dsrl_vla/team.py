@@ -23,7 +23,7 @@ from .head import HeadConfig, SteeringHead
 from .interrupts import ignore_terminal
 from .latent_sac import Info, LatentSAC
 from .replay import Batch
-from .under_way import part
+from .run_dir import part
 
 _UPDATE, _STATE, _STOP = range(3)
 _PATIENCE = timedelta(days=30)

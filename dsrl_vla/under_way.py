@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 import torch
@@ -62,8 +61,3 @@ class UnderWay:
             made.decisions = [Decision(int(n), latent.clone(), r, d) for (n, r, d), latent in rows]
             made.chunks = list(tensors["chunks"].numpy())
         return made
-
-
-def part(tensors: Mapping[str, Any], prefix: str) -> dict[str, Any]:
-    """The entries under a prefix, without it."""
-    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}

@@ -5,6 +5,7 @@ import math
 import multiprocessing
 import os
 import signal
+import threading
 import time
 from collections import deque
 from concurrent.futures import ProcessPoolExecutor
@@ -337,6 +338,21 @@ def test_faults_in_a_worker_are_counted_and_said_by_the_learner(fork_folder, tmp
     train(recipe_of(fork_folder), tmp_path / "run", evaluate_after=False)
     assert last(tmp_path / "run")[1]["collector"]["faults"] == {"episode": 2}
     assert "fault 2 of 20, skipped: episode of seed 1000007" in caplog.text
+
+
+def test_workers_are_ended_all_at_once():
+    """The last one would otherwise wait for the rounds of all the others."""
+    barrier = threading.Barrier(2, timeout=20)
+
+    class Waits:
+        def close(self):
+            barrier.wait()
+
+    crew = Crew.__new__(Crew)
+    crew.links = [Waits(), Waits()]
+    crew.close()
+    crew.close()  # there is nothing left to end
+    assert crew.links == []
 
 
 def test_a_round_with_too_many_faults_comes_to_an_end():

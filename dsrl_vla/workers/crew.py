@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections import deque
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -141,6 +142,7 @@ class Crew(AnyCollector):
 
     def close(self) -> None:
         """End the workers. Rounds that were ordered ahead are lost, and count for nothing."""
-        for link in self.links:
-            link.close()
+        if self.links:
+            with ThreadPoolExecutor(len(self.links)) as together:  # each may take as long as its round does
+                list(together.map(lambda link: link.close(), self.links))
         self.links = []

@@ -85,7 +85,7 @@ class Collector(AnyCollector):
         inputs = self.head.read(self.observations, encoding)
         count = len(self.rows)
         sound = finite_rows(inputs, count)
-        numbers = self._store(inputs, encoding)
+        numbers = self._store(inputs, encoding, sound)
         layout = self.head.layout
         latent = layout.sample(self.streams)[:, 0] if warm_up else self.head.latent(inputs, self.streams)
         chunks, extras = self.keeper.denoise(self.base, encoding, self.head, inputs, latent, self.streams)
@@ -109,9 +109,8 @@ class Collector(AnyCollector):
         if (result.done | ~sound).any():
             self._finish(result, sound)
 
-    def _store(self, inputs: HeadInputs, encoding: Encoding) -> np.ndarray:
+    def _store(self, inputs: HeadInputs, encoding: Encoding, sound: np.ndarray) -> np.ndarray:
         """Store a batch of observations with what is to be kept of each; return their numbers."""
-        sound = finite_rows(inputs, encoding.batch)
         numbers = self.replay.observe(_made_finite(inputs, sound))
         self.replay.attach(numbers, _made_finite(self.keeper.observed(self.base, encoding), sound))
         return numbers
@@ -122,8 +121,11 @@ class Collector(AnyCollector):
         if len(late):
             final = select(result.observations, list(late))
             encoding = self.base.encode(final)
-            for row, number in zip(late, self._store(self.head.read(final, encoding), encoding), strict=True):
-                self.windows.truncated(int(row), int(number))
+            inputs = self.head.read(final, encoding)
+            sound[late] = finite_rows(inputs, len(late))
+            for row, number in zip(late, self._store(inputs, encoding, sound[late]), strict=True):
+                if sound[row]:
+                    self.windows.truncated(int(row), int(number))
         for row in np.flatnonzero(result.terminated & sound):
             self.windows.terminated(int(row))
         for row in np.flatnonzero(~sound):

@@ -7,6 +7,7 @@ where there is one, the remedy.
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Iterable
 
 
@@ -46,7 +47,7 @@ def bad(field: str, expected: str, got: object, fix: str = "") -> DsrlError:
 def at_least(least: float, config: object, where: str, *names: str) -> None:
     """Refuse a config of the section `where` that has less than `least` in one of these fields."""
     for name in names:
-        if getattr(config, name) < least:
+        if not least <= getattr(config, name) < math.inf:  # NaN is neither
             raise bad(f"{where}.{name}", f"{least} or more", getattr(config, name))
 
 

@@ -48,8 +48,9 @@ class Normaliser(nn.Module):
         """Set the statistics from a sample (N, …). A column that hardly varies is left at unit scale."""
         for name in self.names:
             values = inputs[name].double()
-            std = values.std(0)
-            floor = 1e-3 * values.abs().mean().clamp(min=1e-3)
+            std = values.std(0, correction=min(1, len(values) - 1))  # of one row 0, and not NaN
+            size = values.abs().mean(0)  # columns of a state have units of their own, a feature's are all alike
+            floor = 1e-3 * (size.mean() if name == "feature" else size).clamp(min=1e-3)
             getattr(self, f"{name}_mean").copy_(values.mean(0))
             getattr(self, f"{name}_std").copy_(torch.where(std < floor, torch.ones_like(std), std))
 

@@ -16,6 +16,7 @@ import torch
 from .collect import Collector
 from .episodes import episode_generators
 from .errors import bad
+from .faults import all_finite
 from .head import HeadInputs
 from .interrupts import undisturbed
 from .journal import EpisodeRecord, Journal
@@ -210,7 +211,11 @@ class EpisodeCollector(Collector):
         )
 
     def _enter(self, record: EpisodeRecord) -> None:
-        """Learn from an episode. No return reaches across a change of hands."""
+        """Learn from an episode, if all of it is finite. No return reaches across a change of hands."""
+        if not all_finite(record.inputs | record.extras):
+            self._count(record, [])
+            words = f"episode {record.number}: what the base saw in it, or would have done, is not finite"
+            return self.faults.add("episode", words)
         numbers = self.replay.observe(record.inputs)
         for name, rows in record.extras.items():
             self.replay.attach(numbers[: len(rows)], {name: rows})

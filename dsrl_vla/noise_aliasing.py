@@ -63,7 +63,7 @@ class ActionCritic(CriticEnsemble):
         """Set the scale of each action column from a sample (…, A)."""
         flat = actions.reshape(-1, actions.shape[-1]).double()
         self.action_mean.copy_(flat.mean(0))
-        self.action_std.copy_(flat.std(0).clamp(min=1e-3))
+        self.action_std.copy_(flat.std(0, correction=min(1, len(flat) - 1)).clamp(min=1e-3))
 
     def forward(self, inputs: HeadInputs, action: torch.Tensor) -> torch.Tensor:
         """inputs (B, …), action (B, k, A) in environment units -> (E, B)."""

@@ -60,9 +60,17 @@ def read_episodes(config: OfflineConfig) -> Iterator[OfflineEpisode]:
 
 
 def fill(replay: Replay, loader: OfflineLoader) -> None:
-    """Let a replay hold the episodes that the loader's config names; it says when there is no room for all of them."""
+    """Let a replay hold the episodes that the loader's config names; it says when there is no room for all of them.
+
+    Raises:
+        DsrlError: there is not one transition in them.
+    """
     with tqdm(unit="episode", desc="offline data", disable=None) as bar:
         loader.fill(replay, read_episodes(loader.config), bar.update)
+    if not replay.added:
+        chunk = loader.base.spec.executed_steps
+        wanted = f"an episode that terminated, or one of more than the {chunk} steps of a chunk"
+        raise bad(f"offline.source {loader.config.source}", wanted, "none, so nothing to learn from")
     if replay.added > replay.capacity:
         words = (
             "offline data: train.replay_capacity has room for the last %d of %d decisions; the others are left out."

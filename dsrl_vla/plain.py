@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import math
 import typing
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
@@ -83,13 +85,11 @@ def _convert(wanted: Any, value: Any, name: str, kind: str) -> Any:
     if arguments and type(None) in arguments:
         inner = next(a for a in arguments if a is not type(None))
         return None if value is None else _convert(inner, value, name, kind)
-    if wanted is float and isinstance(value, (int, float)) and not isinstance(value, bool):
-        return float(value)
-    if wanted is float and isinstance(value, str):  # YAML 1.1 reads 3e-4 as text
-        try:
-            return float(value)
-        except ValueError:
-            pass
+    if wanted is float and isinstance(value, (int, float, str)) and not isinstance(value, bool):
+        with contextlib.suppress(ValueError):  # YAML 1.1 reads 3e-4 as text
+            if not math.isnan(number := float(value)):  # which would pass every check of a range
+                return number
+        raise bad(name, "a number", repr(value))
     if not isinstance(value, wanted) or (wanted is int and isinstance(value, bool)):
         raise bad(name, f"{wanted.__name__}", repr(value))
     return value

@@ -7,6 +7,7 @@ name; every value is checked when the dataclass that holds it is built.
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -129,8 +130,8 @@ class TrainConfig:
             raise bad("train.stop_at", "above 0 and at most 1", self.stop_at)
         if not re.fullmatch(r"cpu|cuda(:\d+)?", self.device):
             raise bad("train.device", "cpu, cuda or cuda:<n>", f"'{self.device}'")
-        if self.gradient_steps <= 0:
-            raise bad("train.gradient_steps", "above 0", self.gradient_steps)
+        if not 0 < self.gradient_steps < math.inf:
+            raise bad("train.gradient_steps", "above 0, and finite", self.gradient_steps)
         at_least(0, self, "train", "env_steps", "seed")
 
 

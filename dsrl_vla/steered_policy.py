@@ -90,8 +90,9 @@ class SteeredPolicy:
         noise, reasons = self.noise(observations, encoding, seeds, deterministic=deterministic)
         with _base_errors(self.base):
             actions = self.base.denoise(encoding, noise)
-        if not torch.isfinite(actions).all():
-            actions, reasons = self._without_head(encoding, seeds, reasons)
+        broken = ~torch.isfinite(actions).flatten(1).all(1)
+        if broken.any():
+            actions, reasons = self._without_head(encoding, seeds, noise, broken, reasons)
         self.last_fallback = next(filter(None, reasons), "")
         return actions
 
@@ -104,15 +105,17 @@ class SteeredPolicy:
         return self.guard.noise(observations, encoding, seeds, deterministic)
 
     def _without_head(
-        self, encoding: Encoding, seeds: Sequence[int], reasons: list[str]
+        self, encoding: Encoding, seeds: Sequence[int], noise: torch.Tensor, broken: torch.Tensor, reasons: list[str]
     ) -> tuple[torch.Tensor, list[str]]:
-        """Once more from the base's own noise, where the head's led to actions that are not finite."""
+        """Once more, with the base's own noise in the rows where the head's led to actions that are not finite."""
+        own = self.base.spec.noise.sample(generators(list(seeds)))
         with _base_errors(self.base):
-            actions = self.base.denoise(encoding, self.base.spec.noise.sample(generators(list(seeds))))
+            actions = self.base.denoise(encoding, torch.where(broken.view(-1, 1, 1, 1), own, noise))
             if not torch.isfinite(actions).all():
                 raise ValueError("its actions hold NaN or infinity")
-        self.guard.recount([not reason for reason in reasons], NOT_FINITE)
-        return actions, [reason or NOT_FINITE for reason in reasons]
+        turned = [row and not reason for row, reason in zip(broken.tolist(), reasons, strict=True)]
+        self.guard.recount(turned, NOT_FINITE)
+        return actions, [NOT_FINITE if back else reason for back, reason in zip(turned, reasons, strict=True)]
 
     @property
     def steering(self) -> bool:

@@ -15,9 +15,10 @@ torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)
-def one_thread():
-    """Training sets the number of threads; results must not depend on which test ran before."""
+def as_if_alone():
+    """Training sets threads and seeds; results must not depend on which test ran before."""
     torch.set_num_threads(1)
+    torch.manual_seed(0)
 
 
 def randomised_pi0(cameras=("front", "wrist"), executed_steps=3, seed=0):

@@ -84,6 +84,10 @@ def test_what_does_not_fit_is_refused_with_a_sentence(tmp_path):
     refused("normalization.npz, got none")
     np.savez(tmp_path / "normalization.npz", obs_min=np.zeros(STATE))
     refused("expected an npz file with obs_min, obs_max")
+    sound = {"obs_min": np.zeros(STATE), "obs_max": np.ones(STATE)}
+    for low in (np.full(ACTION, np.nan), np.full(ACTION, 2.0), np.full(ACTION, -np.inf)):  # what scales an action
+        np.savez(tmp_path / "normalization.npz", **sound, action_min=low, action_max=np.ones(ACTION))
+        refused("action_min, action_max: expected finite vectors, min no more than max")
 
 
 def test_nothing_in_a_checkpoint_is_executed(tmp_path):

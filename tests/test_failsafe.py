@@ -1,6 +1,7 @@
 """Whatever a head does, the caller gets the unsteered base's action at that seed, bit for bit, and no exception."""
 
 import logging
+import threading
 import time
 from dataclasses import replace
 
@@ -93,18 +94,19 @@ def test_a_sound_head_steers_and_nothing_is_counted(base, observation, tmp_path)
 
 
 def test_a_late_head_does_not_hold_the_robot_up_and_is_asked_again_when_it_is_back(fork_base, observation):
-    head = make_head(fork_base)
-    policy = SteeredPolicy(fork_base, head, failsafe=FailSafe(deadline_s=0.05))
-    seen = observation(fork_base)
-    steered, real = policy.act(seen), head.latent
-    head.latent = slow(head)
-    start = time.perf_counter()
+    head, seen = make_head(fork_base), observation(fork_base)
+    steered, real = SteeredPolicy(fork_base, head).act(seen), head.latent
+    policy = SteeredPolicy(fork_base, head, failsafe=FailSafe(deadline_s=1.0))
+    let_go = threading.Event()
+    head.latent = lambda *arguments: let_go.wait(60) and real(*arguments)
     policy.act(seen)
-    assert time.perf_counter() - start < 0.25
+    assert "no answer within 1 s" in policy.last_fallback and not let_go.is_set()
     policy.act(seen)
     assert "still busy" in policy.last_fallback
     head.latent = real
-    time.sleep(0.4)
+    let_go.set()
+    while policy.guard._worker._answers.empty():
+        time.sleep(0.01)
     assert torch.equal(policy.act(seen), steered) and policy.last_fallback == ""
     assert policy.fallbacks == {"deadline": 2}
 
@@ -227,6 +229,27 @@ def test_actions_that_only_the_heads_noise_spoils_are_replaced(fork_base, observ
     monkeypatch.setattr(fork_base.model, "velocity", moody.forward, raising=False)
     assert torch.equal(policy.act(seen, seed=4), wanted)
     assert policy.fallbacks == {"base": 1} and "under the head's noise" in policy.last_fallback
+
+
+def test_of_a_batch_only_the_rows_that_the_head_spoilt_are_the_bases_own(fork_base, observation, monkeypatch):
+    policy, seeds = SteeredPolicy(fork_base, make_head(fork_base)), [0, 1, 2, 3]
+    observations = batch([observation(fork_base, i) for i in range(4)])
+    steered = policy.act_batch(observations, seeds)
+    with policy.disabled():
+        plain = policy.act_batch(observations, seeds)
+    own, real = fork_base.spec.noise.sample(generators(seeds))[:, 0], fork_base.model.velocity
+
+    def velocity(embedded, x, t):
+        found = real(embedded, x, t)
+        if float(t[0]) == 1.0 and not torch.equal(x[2], own[2]):
+            found[2] = NAN
+        return found
+
+    monkeypatch.setattr(fork_base.model, "velocity", velocity, raising=False)
+    found = policy.act_batch(observations, seeds)
+    assert torch.equal(found[2], plain[2]) and not torch.equal(plain[2], steered[2])
+    assert torch.equal(found[[0, 1, 3]], steered[[0, 1, 3]])
+    assert policy.fallbacks == {"base": 1} and list(policy.guard._recent)[-4:] == [False, False, True, False]
 
 
 def test_in_a_batch_the_rows_that_the_head_spoilt_are_booked_and_no_others(fork_base, observation):

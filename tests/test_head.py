@@ -51,7 +51,7 @@ def test_an_ensemble_is_its_members_run_alone(kind):
     members, sizes, vectors = 3, [4, 7], (2, 3)
     network = NetworkConfig(kind, width=16)
     stack = build(network, members, sizes, vectors, 1, 1)
-    state, feature, latent = torch.randn(5, 4), torch.randn(5, 7), torch.rand(5, 2, 3)
+    state, feature, latent = *inputs().values(), torch.rand(5, 2, 3)
     together = stack([state, feature], latent)
     for i in range(members):
         alone = build(network, 1, sizes, vectors, 1, 1)
@@ -82,13 +82,30 @@ def test_the_ensemble_speaks_with_one_voice(reduction):
 
 def test_the_normaliser_centres_and_damps_a_wide_feature():
     head = SteeringHead(config())
-    sample = {"state": torch.randn(500, 4) * 3 + 10, "feature": torch.randn(500, 7) * 5 - 2}
+    made = inputs(500)
+    sample = {"state": made["state"] * 3 + 10, "feature": made["feature"] * 5 - 2}
     sample["state"][:, 3] = 7.0  # a column that never varies
     head.eyes.normalise.fit(sample)
     state, feature = head.eyes.normalise(sample)
     assert state[:, :3].mean().abs() < 0.05 and (state[:, :3].std(0) - 1).abs().max() < 0.05
     assert (state[:, 3] == 0).all()
     assert abs(feature.norm(dim=1).square().mean() - 1) < 0.1
+
+
+def test_columns_of_a_state_may_have_other_units():
+    """Encoder ticks beside metres: what is small for the one is all there is of the other."""
+    head, made = SteeringHead(config()), inputs(500)
+    made["state"] = made["state"] * torch.tensor([300.0, 0.05, 1.0, 0.0]) + torch.tensor([2000.0, 0.0, 0.0, 0.3])
+    head.eyes.normalise.fit(made)
+    state = head.eyes.normalise(made)[0]
+    assert (state[:, :3].std(0) - 1).abs().max() < 0.05 and (state[:, 3].abs() < 1e-5).all()
+
+
+def test_a_single_observation_is_no_scale():
+    """Of one row a deviation is 0, and not NaN."""
+    head = SteeringHead(config())
+    head.eyes.normalise.fit(inputs(1))
+    assert all((vector == 0).all() for vector in head.eyes.normalise(inputs(1)))
 
 
 @pytest.mark.parametrize("kind", KINDS)

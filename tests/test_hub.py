@@ -418,6 +418,7 @@ HOSTILE = {
     "a config of absurd noise": (lambda f: configure(f, layout__space__horizon=10**12), "horizon: expected from 0 to"),
     "an absurd noise mask": (lambda f: configure(f, layout__space__dim=10**12, layout__space__live=[]), "dim: "),
     "a bound beyond reason": (lambda f: configure(f, layout__bound=1e9), "noise.bound: expected above 0 and at most"),
+    "a bound that is no number": (lambda f: configure(f, layout__bound=float("nan")), "bound: expected a number"),
     "code as a layout": (lambda f: configure(f, layout__name="__import__('os')"), "unknown noise layout"),
     "a path as a camera": (lambda f: configure(f, cameras=["../../x"]), "camera: expected a name of letters"),
     "a number as text": (lambda f: configure(f, state_dim="4"), "state_dim: expected int, got '4'"),
@@ -473,6 +474,9 @@ def test_a_manifest_notices_what_changed(folder):
         (folder / "manifest.json").write_text(broken)
         with pytest.raises(DsrlError, match="manifest.json: expected a mapping of files"):
             SteeringHead.from_pretrained(folder)
+    (folder / "manifest.json").write_text('{"files": {}}')  # or the weights could be exchanged unseen
+    with pytest.raises(DsrlError, match=r"manifest.json: expected an entry for head\.\w+, got none"):
+        SteeringHead.from_pretrained(folder)
 
 
 def test_too_large_a_file_is_refused_before_it_is_read_or_downloaded(hub, folder, monkeypatch, tmp_path):

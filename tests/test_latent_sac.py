@@ -1,4 +1,5 @@
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -52,6 +53,8 @@ def test_value_bounds_are_what_the_reward_adds_up_to():
         ("reward_offset", math.nan, "a finite number"),
         ("target_entropy", math.inf, "a finite number"),
         ("actor_lr", math.nan, "above 0"),
+        ("jitter", math.nan, "0 or more"),
+        ("jitter", math.inf, "0 or more"),
     ],
 )
 def test_settings_that_would_make_every_target_one_number_are_refused(name, value, words):
@@ -59,17 +62,29 @@ def test_settings_that_would_make_every_target_one_number_are_refused(name, valu
         SACConfig(**{name: value})
 
 
-def test_terminations_do_not_bootstrap_and_timeouts_do():
+def test_every_row_bootstraps_by_its_own_discount():
     sac = learner()
-    loss = lambda b: critic_loss(
-        sac.critic, sac.target, sac.head, torch.tensor(0.1), b, BOUNDS, False, torch.Generator().manual_seed(0)
-    )
-    ended = batch(discount=0.0)
-    assert torch.allclose(loss(ended)[1]["target"], ended.reward.mean())
-    going_on = batch(discount=0.9)
-    latent, _ = sac.head.sample(going_on.next_inputs, torch.Generator().manual_seed(0))
-    expected = going_on.reward + 0.9 * sac.target.value(going_on.next_inputs, latent)
-    assert torch.allclose(loss(going_on)[1]["target"], expected.mean(), atol=1e-6)
+    mixed = replace(batch(), discount=torch.tensor([0.0, 0.9, 0.5, 1.0]).repeat(16)[: len(batch().reward)])
+    source = lambda: torch.Generator().manual_seed(0)
+    loss, info = critic_loss(sac.critic, sac.target, sac.head, torch.tensor(0.1), mixed, BOUNDS, False, source())
+    latent, _ = sac.head.sample(mixed.next_inputs, source())
+    value = torch.minimum(*sac.target(mixed.next_inputs, latent))
+    y = (mixed.reward + mixed.discount * value).clamp(*BOUNDS)
+    assert torch.allclose(info["target"], y.mean(), atol=1e-6)
+    assert torch.allclose(loss, (sac.critic(mixed.inputs, mixed.latent) - y).square().mean(1).sum(), atol=1e-5)
+
+
+@pytest.mark.parametrize("past", [0.0, 0.9])
+def test_the_average_is_that_of_the_actor_over_its_updates(past):
+    """Young ones forget faster: after n updates the newest actor's weight is 1 / n at least."""
+    sac = learner(actor_average=past)
+    expected = None
+    for number in range(1, 15):
+        sac.update(batch(seed=number))
+        newest, weight = sac.flat["head"].vector.detach().clone(), max(1 - past, 1 / number)
+        expected = newest if expected is None else expected + weight * (newest - expected)
+        assert torch.allclose(sac.flat["average"].vector, expected, atol=1e-6)
+    assert torch.equal(sac.flat["average"].vector, newest) == (past == 0)
 
 
 def test_entropy_enters_the_target_only_when_asked_for():

@@ -223,6 +223,10 @@ def test_a_wrong_base_or_a_new_policy_is_refused(steered, base_folder):
 
     with pytest.raises(DsrlError, match="from `dsrl-vla export-policy`"):
         DsrlPolicy(DsrlConfig(device="cpu"))
+    policy = DsrlPolicy.from_pretrained(steered)
+    executed, policy.config.n_action_steps = policy.config.n_action_steps, policy.config.n_action_steps + 1
+    with pytest.raises(DsrlError, match=rf"policy.n_action_steps: expected {executed}, as in training"):
+        DsrlPolicy(policy.config, head=policy.head, base=policy.base)
     config = PreTrainedConfig.from_pretrained(steered)
     config.base = "nano:"
     with pytest.raises(DsrlError, match="noise shape"):

@@ -70,7 +70,7 @@ def test_knots_out_of_range(name):
         NoiseLayout(SPACE, name)
 
 
-@pytest.mark.parametrize("bound", [0.0, -1.0, 11.0])
+@pytest.mark.parametrize("bound", [0.0, -1.0, 11.0, float("nan"), float("inf")])
 def test_bound_out_of_range(bound):
     with pytest.raises(DsrlError, match="noise.bound"):
         NoiseLayout(SPACE, "repeat", bound)

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -68,6 +70,49 @@ def test_the_bank_tells_the_truth_and_starts_with_what_was_executed(collected, f
     encoding = fork_base.encode(batch([{"observation.state": s} for s in states]))
     again = fork_base.denoise(encoding, learner.head.layout.expand(latents))
     assert torch.allclose(again[:, :, : fork_base.spec.executed_steps], actions, atol=1e-5)
+
+
+def test_pairs_and_values_are_those_of_the_observations_they_stand_beside(collected, fork_base, algorithm):
+    """The base, asked anew about the states of the batch: none is of another row, or of the wrong end of a chunk."""
+    learner, replay = collected
+    found = replay.sample(16, np.random.default_rng(0))
+    executed = fork_base.spec.executed_steps
+
+    def asked(inputs, latent):
+        encoding = fork_base.encode(batch([{"observation.state": state} for state in inputs["state"].numpy()]))
+        return fork_base.denoise(encoding, learner.head.layout.expand(latent).unsqueeze(1))[:, 0, :executed]
+
+    with torch.no_grad():
+        inputs, latent, action = learner._pairs(found)
+        assert torch.allclose(asked(inputs, latent), action, atol=1e-5)
+        latent = torch.rand(found.latent.shape) * 2 - 1
+        for parameter in learner.target.parameters():  # or it agrees with the critic it is a copy of
+            parameter.mul_(1.1)
+        value = learner._next_value(found, latent)
+        if algorithm == "na":
+            expected = learner.target(found.next_inputs, latent)
+        else:
+            expected = learner.action_target(found.next_inputs, asked(found.next_inputs, latent))
+        assert torch.allclose(value, expected.amin(0), atol=1e-5)
+
+
+@pytest.mark.parametrize("sign", [True, False])
+@pytest.mark.parametrize("algorithm", ["na"], indirect=True)
+def test_entropy_enters_the_action_critics_target_only_when_asked_for(collected, monkeypatch, sign):
+    from dsrl_vla import noise_aliasing
+
+    learner, replay = collected
+    learner.config = replace(learner.config, backup_entropy=sign)
+    found, seen, alpha = replay.sample(16, np.random.default_rng(0)), [], torch.tensor(0.5)
+    real = noise_aliasing.action_critic_loss
+    monkeypatch.setattr(noise_aliasing, "action_critic_loss", lambda c, v, *more: seen.append(v) or real(c, v, *more))
+    state = learner.generator.get_state()
+    learner._update_critics(found, alpha)
+    learner.generator.set_state(state)
+    with torch.no_grad():
+        latent, log_prob = learner.head.sample(found.next_inputs, learner.draws)
+    bonus = seen[0] - learner.target.value(found.next_inputs, latent)
+    assert torch.allclose(bonus, -0.5 * log_prob * sign, atol=1e-5) and log_prob.abs().max() > 0.1
 
 
 @pytest.mark.parametrize("algorithm", ["sac", "na", "na-exact"], indirect=True)

@@ -15,7 +15,7 @@ from dsrl_vla.noise import NoiseLayout
 from dsrl_vla.noise_bank import ACTION, BANK_ACTION, BANK_LATENT, BankConfig, BankKeeper, Keeper, PrefixKeeper
 from dsrl_vla.observation import batch
 from dsrl_vla.offline import MixedReplay, OfflineConfig, OfflineLoader, sparse_success
-from dsrl_vla.offline_sources import load_relabel, read_episodes, read_npz, write_npz
+from dsrl_vla.offline_sources import fill, load_relabel, read_episodes, read_npz, write_npz
 from dsrl_vla.recording import record
 from dsrl_vla.replay import Replay
 from dsrl_vla.rollout import TaskConfig
@@ -181,7 +181,8 @@ def test_a_relabelling_of_ones_own(episodes, tmp_path, monkeypatch):
     [
         ({"reward": None}, "offline episode 0: expected a field 'reward'"),
         ({"reward": np.zeros(3)}, r"offline episode 0: reward: expected \d+ rows"),
-        ({"action": np.zeros((5, 7))}, r"offline episode 0: (action|observation.state): expected"),
+        ({"action": np.zeros((5, 2))}, r"offline episode 0: observation.state: expected 5 rows, as action has"),
+        ({"action": 7}, r"offline episode 0: action: expected shape \(T, 2\) with T > 0, got \(\d+, 7\)"),
         ({"action": "nan"}, "offline episode 0: action: expected finite numbers"),
         ({"observation.state": "nan"}, "offline episode 0: observation.state: expected finite numbers"),
     ],
@@ -189,11 +190,43 @@ def test_a_relabelling_of_ones_own(episodes, tmp_path, monkeypatch):
 def test_malformed_episodes_are_named(fork_base, head, episodes, change, message):
     broken = dict(episodes[0])
     for key, value in change.items():
-        broken[key] = np.full_like(broken[key], np.nan) if isinstance(value, str) else value
+        length = len(broken["action"])
+        made = {"nan": np.full_like(broken[key], np.nan), 7: np.zeros((length, 7))}
+        broken[key] = made[value] if isinstance(value, (str, int)) else value
         if value is None:
             del broken[key]
     with pytest.raises(DsrlError, match=message):
         filled(fork_base, head, [broken])
+
+
+def test_data_of_which_nothing_can_be_learnt_are_named(fork_base, head, episodes, tmp_path):
+    cut = {k: v[:4] if isinstance(v, np.ndarray) else v for k, v in episodes[0].items()} | {"terminated": False}
+    write_npz(tmp_path / "data.npz", [cut])
+    config = OfflineConfig(str(tmp_path / "data.npz"))
+    loader = OfflineLoader(fork_base, head, BankKeeper(BankConfig(3)), SACConfig(), config)
+    words = r"data.npz: expected an episode that terminated, or one of more than the 4 steps of a chunk, got none"
+    with pytest.raises(DsrlError, match=words):
+        fill(Replay(100, head.layout.latent_shape), loader)
+
+
+@pytest.mark.parametrize("timeouts", ["bootstrap", "terminal"])
+@pytest.mark.parametrize("terminated", [True, False])
+def test_returns_over_three_decisions_are_the_episodes_own(fork_base, head, episodes, terminated, timeouts):
+    episode = next(e for e in episodes if e["terminated"] == terminated)
+    reward = np.arange(1.0, len(episode["reward"]) + 1)
+    replay = filled(fork_base, head, [episode | {"reward": reward}], n_step=3, timeouts=timeouts)
+    over, length = terminated or timeouts == "terminal", len(reward)
+    starts = list(range(0, length, 4))
+    begun = starts if over else starts[:-1]  # nobody saw what followed the last
+    assert len(replay) == len(begun) and sorted(replay.index[: len(replay), 0].tolist()) == list(range(len(begun)))
+    for slot in range(len(replay)):
+        now, then = replay.index[slot].tolist()
+        first, last = starts[now], min(starts[now] + 12, length if over else starts[-1])
+        expected = sum(GAMMA ** (t - first) * (reward[t] + 1.0) for t in range(first, last))
+        whole = over and last == length
+        assert float(replay.reward[slot]) == pytest.approx(expected, rel=1e-5)
+        assert float(replay.discount[slot]) == pytest.approx(0.0 if whole else GAMMA ** (last - first), abs=1e-6)
+        assert whole or starts[then] == last
 
 
 def test_a_reward_per_step_is_one_number(fork_base, head, episodes):

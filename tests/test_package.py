@@ -51,13 +51,19 @@ def test_mapped_packages_import():
 def test_no_pickle_and_no_code_from_data():
     sources = [*ROOT.rglob("*.py"), *Path(dsrl_vla.adapters.__path__[0]).rglob("*.py")]
     assert len(sources) > 30
-    forbidden_imports, forbidden_calls = {"pickle", "dill", "joblib", "cloudpickle"}, {"eval", "exec"}
+    forbidden_imports = {"pickle", "dill", "joblib", "cloudpickle", "shelve", "marshal"}
+    forbidden_calls, forbidden_names = {"eval", "exec"}, {("torch", "load"), ("numpy", "load"), ("torch", "hub")}
+    usual = {"numpy": "np"}  # under other names the calls below would not be found
+    unsafe = {("allow_pickle", "True"), ("weights_only", "False"), ("trust_remote_code", "True")}
     for path in sources:
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Import):
                 assert not forbidden_imports & {a.name.split(".")[0] for a in node.names}, path
+                for a in node.names:
+                    assert a.name not in ("torch", "numpy") or a.asname in (None, usual.get(a.name)), path
             if isinstance(node, ast.ImportFrom) and node.level == 0:
                 assert node.module.split(".")[0] not in forbidden_imports, path
+                assert not forbidden_names & {(node.module, a.name) for a in node.names}, path
             if isinstance(node, ast.Call):
                 called = ast.unparse(node.func)
                 assert called not in forbidden_calls | {"yaml.load"}, path
@@ -65,6 +71,8 @@ def test_no_pickle_and_no_code_from_data():
                     assert "weights_only=True" in ast.unparse(node), path
                 if called in ("np.load", "numpy.load"):
                     assert "allow_pickle=False" in ast.unparse(node), path
+                assert called != "torch.hub.load", path
+                assert not unsafe & {(k.arg, ast.unparse(k.value)) for k in node.keywords}, path
                 assert not any(k.arg == "trust_remote_code" and ast.unparse(k.value) != "False" for k in node.keywords)
 
 

@@ -654,6 +654,33 @@ def test_the_journal_restores_what_no_checkpoint_knows(fork_base, tmp_path):
     assert list(again.recent) == [False, True, False]
 
 
+def test_an_episode_that_is_not_finite_is_kept_and_not_learnt_from(fork_base, tmp_path, monkeypatch):
+    made, replay = collector(fork_base, tmp_path, [])
+    kind, calls = type(made.keeper), []
+    denoise = kind.denoise
+
+    def ill(*args):
+        chunks, extras = denoise(*args)
+        calls.append(1)
+        if len(calls) == 5:
+            extras["bank_action"][0, 2] = torch.nan
+        return chunks, extras
+
+    monkeypatch.setattr(kind, "denoise", ill)
+    with made.task:
+        made.step(warm_up=True)
+        known = replay.added
+        made.step(warm_up=True)
+        assert replay.added == known and made.faults.counts == {"episode": 1} and made.episodes == 2
+        made.step(warm_up=True)
+    assert made.journal.numbers() == [0, 1, 2] and replay.added == 2 * known
+    assert all(torch.isfinite(t).all() for t in replay.tensors().values() if t.is_floating_point())
+    again, restored = collector(fork_base, tmp_path, [])
+    with again.task:
+        assert again.restore() == 3 and again.faults.counts == {"episode": 1}
+    assert torch.equal(restored.tensors()["extras.bank_action"], replay.tensors()["extras.bank_action"])
+
+
 @pytest.mark.usefixtures("at_a_terminal")
 def test_an_episode_that_is_over_is_saved_before_ctrl_c_is_heard(fork_base, tmp_path, monkeypatch):
     import signal

@@ -190,12 +190,65 @@ def test_collected_transitions_are_linked(collector):
             assert now == then and replay.reward[i] > 0
         else:
             assert torch.equal(states[now, 2:], states[then, 2:])  # the goal of the same episode
-            assert 0 < (states[now, :2] - states[then, :2]).norm() + 1e-3 < 0.6
+            assert now != then and (states[now, :2] - states[then, :2]).norm() < 0.6
             steps = round(float(torch.log(discounts[i]) / np.log(0.9)))
             assert 1 <= steps <= 4 and replay.reward[i] == 0
     assert collector.decisions == 240
     assert abs(replay.added - 240) <= 4  # all but those still open
     assert collector.env_steps <= 960
+
+
+def test_returns_over_three_decisions_are_what_the_single_ones_add_up_to(fork_base, collector):
+    """The same episodes, collected with n_step 1 and 3: R = r + d r' + d d' r'', discount d d' d''."""
+    found = {}
+    for n in (1, 3):
+        with VectorTask(FORK, 4) as task:
+            replay = Replay(2000, (1, 2))
+            sac = SACConfig(gamma=0.9, n_step=n, reward_offset=0.0)
+            made = Collector(fork_base, collector.head, task, replay, sac=sac, first_seed=50)
+            for _ in range(40):
+                made.step(warm_up=True)
+        rows = zip(replay.index.tolist(), replay.reward.tolist(), replay.discount.tolist(), strict=True)
+        found[n] = {now: (reward, discount, then) for (now, then), reward, discount in list(rows)[: replay.added]}
+    single, ends = found[1], {discount for _, discount, _ in found[1].values()}
+    assert 0.0 in ends and len(found[3]) > 100
+    cut = 0
+    for now, (reward, discount, then) in found[3].items():
+        total, weight, at, taken = 0.0, 1.0, now, 0
+        while taken < 3 and weight and at in single:
+            total, weight, at, taken = (
+                total + weight * single[at][0], weight * single[at][1], single[at][2], taken + 1,
+            )  # fmt: skip
+        assert (reward, discount) == pytest.approx((total, weight), abs=1e-5)
+        assert not weight or then == at
+        cut += bool(weight) and taken < 3
+    assert cut  # some starts near a timeout bootstrap sooner
+
+
+@pytest.mark.parametrize("where", ["at a timeout", "on the way"])
+def test_what_the_base_sees_and_is_not_finite_is_not_learnt_from(fork_base, collector, monkeypatch, where):
+    """A NaN in the feature alone, whatever the state says."""
+    encode, over = fork_base._encode, []
+
+    def ill(observations, batch):
+        encoding = encode(observations, batch)
+        if (where == "at a timeout") == (batch < 4) and len(over) < 3:
+            over.append(batch)
+            encoding = replace(encoding, feature=encoding.feature.clone())
+            encoding.feature[0] = torch.nan
+        return encoding
+
+    for _ in range(9):
+        collector.step(warm_up=True)
+    before = collector.replay.observed
+    monkeypatch.setattr(fork_base, "_encode", ill)
+    for _ in range(12):
+        collector.step(warm_up=True)
+    monkeypatch.undo()
+    assert over and collector.faults.counts == {"episode": len(over)}
+    features, index = collector.replay.inputs["feature"], collector.replay.index[: collector.replay.added]
+    made_up = [n for n in range(before, collector.replay.observed) if (features[n] == 0).all()]
+    assert made_up and not set(made_up) & set(index.flatten().tolist())
 
 
 def test_one_prefix_pass_per_decision(collector, monkeypatch):
@@ -247,3 +300,14 @@ def test_a_base_refuses_a_task_it_does_not_fit(fork_base, nano):
     fork_base.check_task(info)
     with pytest.raises(DsrlError, match="expected actions of width 4, got 2"):
         nano.check_task(info)
+    seen = nano.spec.observation
+    cameras = {name: shape or (64, 64, 3) for name, shape in seen.cameras.items()}
+    info = replace(info, action_dim=4, state_dim=seen.state_dim, cameras=cameras)
+    nano.check_task(info)
+    for change, words in (
+        ({"state_dim": 4}, f"expected a state of width {seen.state_dim}, got 4"),
+        ({"cameras": {"wrist": (64, 64, 3)}}, f"expected a camera '{next(iter(cameras))}', got wrist"),
+        ({"cameras": {}}, "got no camera"),
+    ):
+        with pytest.raises(DsrlError, match=words):
+            nano.check_task(replace(info, **change))

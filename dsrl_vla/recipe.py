@@ -99,7 +99,8 @@ class TrainConfig:
     learning_starts: int = 300
     """Decisions of random noise in the layout before the first update: not the base's own noise, see preflight."""
     warm_start: Literal["none", "ticket"] = "none"
-    """ticket: search the best constant noise first (its steps count), and let the head start there."""
+    """ticket: search the best constant noise first (its steps count), and let the head start there. It is validated as
+    soon as it learns, so that the best head is no worse."""
     gradient_steps: float = 3.0
     """Updates per decision."""
     replay_capacity: int = 50_000

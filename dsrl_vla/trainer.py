@@ -206,7 +206,8 @@ class Trainer:
     def _after(self, before: int, tracker: Tracker) -> None:
         """Reports, validation and checkpoints that fell due since `before` environment steps."""
         config, steps = self.recipe.train, self.collector.env_steps
-        found = self.validate() if self.learner.updates and self.due(config.validate_every, before) else {}
+        begun = config.warm_start != "none" and not self.finalists.ranked  # what is handed out is no worse than that
+        found = self.validate() if self.learner.updates and (begun or self.due(config.validate_every, before)) else {}
         if found or self.due(1000, before):
             tracker.log(self.report(found), steps)
         if self.due(config.checkpoint_every, before):

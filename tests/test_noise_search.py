@@ -101,6 +101,7 @@ def test_the_command_leaves_ticket_and_evaluation(fork_recipe, tmp_path, capsys)
 def test_a_run_can_start_from_the_ticket_and_counts_its_steps(fork_recipe, tmp_path):
     out = tmp_path / "run"
     options = ["--train.warm_start", "ticket", "--train.env_steps", "9000", "--eval.episodes", "5"]
+    options += ["--train.validate_every", "4000"]
     assert main(["train", str(fork_recipe), "--out", str(out), *options]) == 0
     ticket = Ticket.load(out / "ticket.json")
     head = SteeringHead.from_pretrained(out / "best")
@@ -108,6 +109,8 @@ def test_a_run_can_start_from_the_ticket_and_counts_its_steps(fork_recipe, tmp_p
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert rows[0]["env_steps"] > ticket.env_steps > 500
     assert rows[-1]["env_steps"] >= 9000
+    learnt = [row for row in rows if row["updates"]]
+    assert "validation_success" in learnt[0] and learnt[0]["updates"] < 5  # what it starts from is a candidate
 
 
 def test_a_search_that_took_all_the_steps_there_are_is_said(fork_recipe, tmp_path, capsys):

@@ -225,6 +225,27 @@ def test_returns_over_three_decisions_are_what_the_single_ones_add_up_to(fork_ba
     assert cut  # some starts near a timeout bootstrap sooner
 
 
+def test_no_return_reaches_from_an_episode_that_is_dropped_into_the_next(fork_base, collector, monkeypatch):
+    begin, advance = Fork.begin, Fork.advance
+    monkeypatch.setattr(Fork, "begin", lambda self, seed: begin(self, seed) or vars(self).update(seed=seed, count=0))
+
+    def ill(self, action):
+        self.count += 1
+        reward, *more = advance(self, action)
+        return (float("nan") if self.seed % 3 == 0 and self.count == 9 else reward), *more
+
+    monkeypatch.setattr(Fork, "advance", ill)
+    with VectorTask(FORK, 4) as task:
+        replay = Replay(2000, (1, 2))
+        sac = SACConfig(gamma=0.9, n_step=3)
+        made = Collector(fork_base, collector.head, task, replay, sac=sac, first_seed=50)
+        for _ in range(30):
+            made.step(warm_up=True)
+    goals, index = replay.inputs["state"][:, 2:], replay.index[: replay.added]
+    assert made.faults.counts["episode"] > 3 and replay.added > 50
+    assert torch.equal(goals[index[:, 0]], goals[index[:, 1]])
+
+
 @pytest.mark.parametrize("where", ["at a timeout", "on the way"])
 def test_what_the_base_sees_and_is_not_finite_is_not_learnt_from(fork_base, collector, monkeypatch, where):
     """A NaN in the feature alone, whatever the state says."""

@@ -84,8 +84,7 @@ class Collector(AnyCollector):
         encoding = self.base.encode(self.observations)
         inputs = self.head.read(self.observations, encoding)
         count = len(self.rows)
-        sound = finite_rows(inputs, count)
-        numbers = self._store(inputs, encoding, sound)
+        numbers, sound = self._store(inputs, encoding)
         layout = self.head.layout
         latent = layout.sample(self.streams)[:, 0] if warm_up else self.head.latent(inputs, self.streams)
         chunks, extras = self.keeper.denoise(self.base, encoding, self.head, inputs, latent, self.streams)
@@ -109,11 +108,13 @@ class Collector(AnyCollector):
         if (result.done | ~sound).any():
             self._finish(result, sound)
 
-    def _store(self, inputs: HeadInputs, encoding: Encoding, sound: np.ndarray) -> np.ndarray:
-        """Store a batch of observations with what is to be kept of each; return their numbers."""
+    def _store(self, inputs: HeadInputs, encoding: Encoding) -> tuple[np.ndarray, np.ndarray]:
+        """Store a batch of observations with what is kept of each; return their numbers, and which are finite."""
+        kept = self.keeper.observed(self.base, encoding)
+        sound = finite_rows(inputs | kept, encoding.batch)
         numbers = self.replay.observe(_made_finite(inputs, sound))
-        self.replay.attach(numbers, _made_finite(self.keeper.observed(self.base, encoding), sound))
-        return numbers
+        self.replay.attach(numbers, _made_finite(kept, sound))
+        return numbers, sound
 
     def _finish(self, result: ChunkResult, sound: np.ndarray) -> None:
         """Complete the transitions of finished episodes and start new ones. A timeout bootstraps."""
@@ -121,9 +122,8 @@ class Collector(AnyCollector):
         if len(late):
             final = select(result.observations, list(late))
             encoding = self.base.encode(final)
-            inputs = self.head.read(final, encoding)
-            sound[late] = finite_rows(inputs, len(late))
-            for row, number in zip(late, self._store(inputs, encoding, sound[late]), strict=True):
+            numbers, sound[late] = self._store(self.head.read(final, encoding), encoding)
+            for row, number in zip(late, numbers, strict=True):
                 if sound[row]:
                     self.windows.truncated(int(row), int(number))
         for row in np.flatnonzero(result.terminated & sound):

@@ -47,8 +47,11 @@ def bad(field: str, expected: str, got: object, fix: str = "") -> DsrlError:
 def at_least(least: float, config: object, where: str, *names: str) -> None:
     """Refuse a config of the section `where` that has less than `least` in one of these fields."""
     for name in names:
-        if not least <= getattr(config, name) < math.inf:  # NaN is neither
-            raise bad(f"{where}.{name}", f"{least} or more", getattr(config, name))
+        value = getattr(config, name)
+        if not math.isfinite(value):  # NaN would pass for any number
+            raise bad(f"{where}.{name}", f"a finite number, {least} or more", value)
+        if value < least:
+            raise bad(f"{where}.{name}", f"{least} or more", value)
 
 
 def first_line(error: BaseException) -> str:

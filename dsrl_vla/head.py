@@ -49,10 +49,12 @@ class Normaliser(nn.Module):
         for name in self.names:
             values = inputs[name].double()
             std = values.std(0, correction=min(1, len(values) - 1))  # of one row 0, and not NaN
-            size = values.abs().mean(0)  # columns of a state have units of their own, a feature's are all alike
-            floor = 1e-3 * (size.mean() if name == "feature" else size).clamp(min=1e-3)
+            size = values.abs().mean(0)
+            still = std < 1e-3 * size.mean().clamp(min=1e-3)
+            if name == "state":  # small in its own units beside others', a column may yet be one that varies
+                still &= (std < 0.05 * size) | (std < 1e-4)
             getattr(self, f"{name}_mean").copy_(values.mean(0))
-            getattr(self, f"{name}_std").copy_(torch.where(std < floor, torch.ones_like(std), std))
+            getattr(self, f"{name}_std").copy_(torch.where(still, torch.ones_like(std), std))
 
     @torch.no_grad()
     def deviations(self, inputs: HeadInputs) -> dict[str, torch.Tensor]:

@@ -29,6 +29,9 @@ from .watch import Finished
 
 log = logging.getLogger(__name__)
 _LATE_SHARE = 0.1
+_UNSOUND = (
+    "episode {}: what the base saw in it or would have done, or a reward, is not finite; nothing is learnt from it"
+)
 
 
 @dataclass
@@ -102,7 +105,8 @@ class EpisodeCollector(Collector):
         """Take in the journal's episodes that the checkpoint does not know; return how many."""
         numbers = [n for n in self.journal.numbers() if n >= self.episodes]
         for number in numbers:
-            self._enter(self.journal.read(number))
+            if not self._enter(self.journal.read(number)):  # counted when it was played
+                log.warning("%s", _UNSOUND.format(number))
         return len(numbers)
 
     @torch.no_grad()
@@ -119,7 +123,8 @@ class EpisodeCollector(Collector):
                     self.journal.append(record)
                 if told.is_set():  # `restore` enters it, when the run goes on
                     raise KeyboardInterrupt
-                self._enter(record)
+                if not self._enter(record):
+                    self.faults.add("episode", _UNSOUND.format(record.number))
                 return
             self.void += 1
             self.episodes += ending == Ending.DISCARD
@@ -210,12 +215,12 @@ class EpisodeCollector(Collector):
             noise=noise,
         )
 
-    def _enter(self, record: EpisodeRecord) -> None:
-        """Learn from an episode, if all of it is finite. No return reaches across a change of hands."""
-        if not all_finite(record.inputs | record.extras):
-            self._count(record, [])
-            words = f"episode {record.number}: what the base saw in it, or would have done, is not finite"
-            return self.faults.add("episode", words)
+    def _enter(self, record: EpisodeRecord) -> bool:
+        """Learn from an episode, if all of it is finite; return whether it is. No return reaches across a change of
+        hands."""
+        self._count(record)
+        if not all_finite(record.inputs | record.extras | record.decisions):
+            return False
         numbers = self.replay.observe(record.inputs)
         for name, rows in record.extras.items():
             self.replay.attach(numbers[: len(rows)], {name: rows})
@@ -237,16 +242,16 @@ class EpisodeCollector(Collector):
                 windows.push(0, decision)
             own += [] if human[i] else [decision]
         windows.terminated(0) if terminated else windows.truncated(0, int(numbers[-1]))
-        self._count(record, own if not human.any() else [])
+        self.recent.append(record.success and not human.any())
+        if own and not human.any():
+            self.finished.append(Finished.of(own))
+        return True
 
-    def _count(self, record: EpisodeRecord, own: list[Decision]) -> None:
+    def _count(self, record: EpisodeRecord) -> None:
         self.episodes = record.number + 1
         self.env_steps += record.env_steps
         self.decisions += len(record)
         self.human_steps += int(record.steps["human"].sum())
-        self.recent.append(record.success and not record.decisions["human"].any())
-        if own:
-            self.finished.append(Finished.of(own))
 
 
 def _ended(result: ChunkResult, final: ChunkResult) -> ChunkResult:

@@ -86,7 +86,7 @@ def _convert(wanted: Any, value: Any, name: str, kind: str) -> Any:
         inner = next(a for a in arguments if a is not type(None))
         return None if value is None else _convert(inner, value, name, kind)
     if wanted is float and isinstance(value, (int, float, str)) and not isinstance(value, bool):
-        with contextlib.suppress(ValueError):  # YAML 1.1 reads 3e-4 as text
+        with contextlib.suppress(ValueError, OverflowError):  # YAML 1.1 reads 3e-4 as text
             if not math.isnan(number := float(value)):  # which would pass every check of a range
                 return number
         raise bad(name, "a number", repr(value))

@@ -110,12 +110,15 @@ class SteeredPolicy:
         """Once more, with the base's own noise in the rows where the head's led to actions that are not finite."""
         own = self.base.spec.noise.sample(generators(list(seeds)))
         with _base_errors(self.base):
-            actions = self.base.denoise(encoding, torch.where(broken.view(-1, 1, 1, 1), own, noise))
-            if not torch.isfinite(actions).all():
+            for back in (broken, torch.ones_like(broken)):  # at the last the head has no part in any row
+                actions = self.base.denoise(encoding, torch.where(back.view(-1, 1, 1, 1), own, noise))
+                if torch.isfinite(actions).all():
+                    break
+            else:
                 raise ValueError("its actions hold NaN or infinity")
-        turned = [row and not reason for row, reason in zip(broken.tolist(), reasons, strict=True)]
+        turned = [row and not reason for row, reason in zip(back.tolist(), reasons, strict=True)]
         self.guard.recount(turned, NOT_FINITE)
-        return actions, [NOT_FINITE if back else reason for back, reason in zip(turned, reasons, strict=True)]
+        return actions, [NOT_FINITE if row else reason for row, reason in zip(turned, reasons, strict=True)]
 
     @property
     def steering(self) -> bool:

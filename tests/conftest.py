@@ -16,7 +16,7 @@ torch.set_num_threads(1)
 
 @pytest.fixture(autouse=True)
 def as_if_alone():
-    """Training sets threads and seeds; results must not depend on which test ran before."""
+    """Training sets threads and torch's seed; what a test itself draws must not depend on which ran before."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
 

@@ -101,6 +101,17 @@ def test_columns_of_a_state_may_have_other_units():
     assert (state[:, :3].std(0) - 1).abs().max() < 0.05 and (state[:, 3].abs() < 1e-5).all()
 
 
+@pytest.mark.parametrize("jitter", [1e-5, 1.5e-4])
+def test_a_column_that_was_still_is_seen_when_it_moves(jitter):
+    """An object that nobody had touched yet: its height is not to be cut off at five of its jitters."""
+    head, made = SteeringHead(config()), inputs(500)
+    made["state"] = made["state"] * torch.tensor([0.3, 0.3, 0.3, jitter]) + torch.tensor([0.0, 0.0, 0.0, 0.02])
+    head.eyes.normalise.fit(made)
+    seen = {"state": torch.tensor([[0.0, 0.0, 0.0, 0.12], [0.0, 0.0, 0.0, 0.22]]), "feature": torch.zeros(2, 7)}
+    low, high = head.eyes.normalise(seen)[0][:, 3]
+    assert high - low == pytest.approx(0.1, abs=1e-4)
+
+
 def test_a_single_observation_is_no_scale():
     """Of one row a deviation is 0, and not NaN."""
     head = SteeringHead(config())

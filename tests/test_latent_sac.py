@@ -53,8 +53,8 @@ def test_value_bounds_are_what_the_reward_adds_up_to():
         ("reward_offset", math.nan, "a finite number"),
         ("target_entropy", math.inf, "a finite number"),
         ("actor_lr", math.nan, "above 0"),
-        ("jitter", math.nan, "0 or more"),
-        ("jitter", math.inf, "0 or more"),
+        ("jitter", math.nan, "a finite number, 0 or more"),
+        ("jitter", math.inf, "a finite number, 0 or more"),
     ],
 )
 def test_settings_that_would_make_every_target_one_number_are_refused(name, value, words):

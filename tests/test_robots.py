@@ -677,7 +677,8 @@ def test_an_episode_that_is_not_finite_is_kept_and_not_learnt_from(fork_base, tm
     assert all(torch.isfinite(t).all() for t in replay.tensors().values() if t.is_floating_point())
     again, restored = collector(fork_base, tmp_path, [])
     with again.task:
-        assert again.restore() == 3 and again.faults.counts == {"episode": 1}
+        assert again.restore() == 3 and not again.faults.counts  # or a run with many could not be resumed
+    assert list(again.recent) == list(made.recent) and len(again.recent) == 2
     assert torch.equal(restored.tensors()["extras.bank_action"], replay.tensors()["extras.bank_action"])
 
 

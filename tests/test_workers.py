@@ -348,11 +348,19 @@ def test_workers_are_ended_all_at_once():
         def close(self):
             barrier.wait()
 
+    class Fails:
+        def close(self):
+            raise RuntimeError("deaf")
+
     crew = Crew.__new__(Crew)
     crew.links = [Waits(), Waits()]
     crew.close()
     crew.close()  # there is nothing left to end
     assert crew.links == []
+    crew.links = [Fails(), Waits(), Waits()]
+    with pytest.raises(RuntimeError, match="deaf"):
+        crew.close()
+    assert crew.links == [] and barrier.n_waiting == 0
 
 
 def test_a_round_with_too_many_faults_comes_to_an_end():

@@ -142,7 +142,8 @@ class Crew(AnyCollector):
 
     def close(self) -> None:
         """End the workers. Rounds that were ordered ahead are lost, and count for nothing."""
-        if self.links:
-            with ThreadPoolExecutor(len(self.links)) as together:  # each may take as long as its round does
-                list(together.map(lambda link: link.close(), self.links))
-        self.links = []
+        links, self.links = self.links, []
+        with ThreadPoolExecutor(max(1, len(links))) as together:  # each may take as long as its round does
+            ended = [together.submit(link.close) for link in links]
+        for each in ended:
+            each.result()

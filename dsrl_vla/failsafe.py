@@ -31,6 +31,11 @@ log = logging.getLogger(__name__)
 _MARGIN, _LEAST = 1.5, 5.0  # of the furthest deviation seen in training, which counts as 5 where it was less
 
 
+def finite(rows: torch.Tensor) -> torch.Tensor:
+    """Which rows of a tensor (B, …) hold neither NaN nor infinity, bool (B,)."""
+    return torch.isfinite(rows).flatten(1).all(1)
+
+
 @dataclass(frozen=True)
 class FailSafe:
     """When the base decides alone."""
@@ -193,7 +198,7 @@ class Guard:
         if tuple(latent.shape) != wanted:
             raise ValueError(f"latents of shape {tuple(latent.shape)} in place of {wanted}")
         reasons = self._foreign(inputs)
-        for row in (~torch.isfinite(latent).flatten(1).all(1)).nonzero()[:, 0].tolist():
+        for row in (~finite(latent)).nonzero()[:, 0].tolist():
             reasons[row] = "non-finite: the head's output holds NaN or infinity"
         if limit is not None and (taken := time.perf_counter() - start) > limit:
             raise _Late(f"{taken:.4f} s of {limit:g} s")

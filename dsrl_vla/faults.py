@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from .errors import DsrlError
+from .failsafe import finite
 from .latent_sac import LatentSAC
 from .observation import STATE, Observations
 
@@ -90,7 +91,7 @@ def finite_rows(tensors: Mapping[str, torch.Tensor], count: int) -> np.ndarray:
     sound = torch.ones(count, dtype=torch.bool)
     for tensor in tensors.values():
         if tensor.is_floating_point():
-            sound &= torch.isfinite(tensor).flatten(1).all(1).cpu()
+            sound &= finite(tensor).cpu()
     return sound.numpy()
 
 

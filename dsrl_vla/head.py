@@ -31,6 +31,11 @@ HeadInputs = dict[str, torch.Tensor]
 """What head and critic look at: "state" (B, S) and "feature" (B, F) float32, "image.<camera>" uint8 (B, s, s, 3)."""
 
 
+def deviation(values: torch.Tensor) -> torch.Tensor:
+    """Standard deviation of every column of a sample (N, C); of a single row 0, and not NaN."""
+    return values.std(0, correction=min(1, len(values) - 1))
+
+
 class Normaliser(nn.Module):
     """Mean and deviation of state and feature, fitted once on warm-up data; travels with the head."""
 
@@ -48,7 +53,7 @@ class Normaliser(nn.Module):
         """Set the statistics from a sample (N, …). A column that hardly varies is left at unit scale."""
         for name in self.names:
             values = inputs[name].double()
-            std = values.std(0, correction=min(1, len(values) - 1))  # of one row 0, and not NaN
+            std = deviation(values)
             size = values.abs().mean(0)
             still = std < 1e-3 * size.mean().clamp(min=1e-3)
             if name == "state":  # small in its own units beside others', a column may yet be one that varies

@@ -23,7 +23,7 @@ from safetensors.torch import load_file
 from .critic import CriticConfig, CriticEnsemble
 from .draws import uniform
 from .errors import bad
-from .head import HeadConfig, HeadInputs, SteeringHead
+from .head import HeadConfig, HeadInputs, SteeringHead, deviation
 from .latent_sac import Info, LatentSAC
 from .noise_bank import ACTION, BANK_ACTION, BANK_LATENT, PREFIX, BankConfig, BankKeeper, Keeper, PrefixKeeper
 from .policy import FrozenPolicy
@@ -63,7 +63,7 @@ class ActionCritic(CriticEnsemble):
         """Set the scale of each action column from a sample (…, A)."""
         flat = actions.reshape(-1, actions.shape[-1]).double()
         self.action_mean.copy_(flat.mean(0))
-        self.action_std.copy_(flat.std(0, correction=min(1, len(flat) - 1)).clamp(min=1e-3))
+        self.action_std.copy_(deviation(flat).clamp(min=1e-3))
 
     def forward(self, inputs: HeadInputs, action: torch.Tensor) -> torch.Tensor:
         """inputs (B, …), action (B, k, A) in environment units -> (E, B)."""

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from .errors import BaseFailedError, DsrlError
-from .failsafe import FailSafe, Guard
+from .failsafe import FailSafe, Guard, finite
 from .noise import generators
 from .observation import Observations, unsqueeze
 from .pairing import check_pair
@@ -90,7 +90,7 @@ class SteeredPolicy:
         noise, reasons = self.noise(observations, encoding, seeds, deterministic=deterministic)
         with _base_errors(self.base):
             actions = self.base.denoise(encoding, noise)
-        broken = ~torch.isfinite(actions).flatten(1).all(1)
+        broken = ~finite(actions)
         if broken.any():
             actions, reasons = self._without_head(encoding, seeds, noise, broken, reasons)
         self.last_fallback = next(filter(None, reasons), "")
@@ -110,7 +110,8 @@ class SteeredPolicy:
         """Once more, with the base's own noise in the rows where the head's led to actions that are not finite."""
         own = self.base.spec.noise.sample(generators(list(seeds)))
         with _base_errors(self.base):
-            for back in (broken, torch.ones_like(broken)):  # at the last the head has no part in any row
+            everywhere = torch.ones_like(broken)
+            for back in (everywhere,) if broken.all() else (broken, everywhere):  # at the last the head has no part
                 actions = self.base.denoise(encoding, torch.where(back.view(-1, 1, 1, 1), own, noise))
                 if torch.isfinite(actions).all():
                     break

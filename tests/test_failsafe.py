@@ -198,18 +198,19 @@ def test_bad_observations_are_refused_by_name_and_not_blamed_on_the_head(fork_ba
 
 
 class Moody(torch.nn.Module):
-    """A base's velocity that fails on noise it does not like."""
+    """A base's velocity that fails, in all rows or in some, on noise it does not like."""
 
-    def __init__(self, real, likes, how):
+    def __init__(self, real, likes, how, rows=slice(None)):
         super().__init__()
-        self.real, self.likes, self.how = real, likes, how
+        self.real, self.likes, self.how, self.rows = real, likes, how, rows
 
     def forward(self, embedded, x, t):
+        found = self.real(embedded, x, t)
         if float(t[0]) == 1.0 and not self.likes(x):
             if self.how == "raises":
                 raise RuntimeError("CUDA error: device-side assert")
-            return self.real(embedded, x, t) * NAN
-        return self.real(embedded, x, t)
+            found[self.rows] = NAN
+        return found
 
 
 @pytest.mark.parametrize("how", ["raises", "nan"])
@@ -240,15 +241,9 @@ def test_of_a_batch_only_the_rows_that_the_head_spoilt_are_the_bases_own(fork_ba
     steered = policy.act_batch(observations, seeds)
     with policy.disabled():
         plain = policy.act_batch(observations, seeds)
-    own, real = fork_base.spec.noise.sample(generators(seeds))[:, 0], fork_base.model.velocity
-
-    def velocity(embedded, x, t):
-        found = real(embedded, x, t)
-        if float(t[0]) == 1.0 and not torch.equal(x[2], own[2]):
-            found[2] = NAN
-        return found
-
-    monkeypatch.setattr(fork_base.model, "velocity", velocity, raising=False)
+    own = fork_base.spec.noise.sample(generators(seeds))[:, 0]
+    moody = Moody(fork_base.model.velocity, lambda x: torch.equal(x[2], own[2]), "nan", rows=2)
+    monkeypatch.setattr(fork_base.model, "velocity", moody.forward, raising=False)
     found = policy.act_batch(observations, seeds)
     assert torch.equal(found[2], plain[2]) and not torch.equal(plain[2], steered[2])
     assert torch.equal(found[[0, 1, 3]], steered[[0, 1, 3]])
@@ -258,15 +253,9 @@ def test_of_a_batch_only_the_rows_that_the_head_spoilt_are_the_bases_own(fork_ba
 def test_where_one_rows_noise_spoils_another_the_head_has_no_part_in_any(fork_base, observation, monkeypatch):
     policy, seeds = SteeredPolicy(fork_base, make_head(fork_base)), [0, 1, 2]
     observations = batch([observation(fork_base, i) for i in range(3)])
-    own, real = fork_base.spec.noise.sample(generators(seeds))[:, 0], fork_base.model.velocity
-
-    def velocity(embedded, x, t):
-        found = real(embedded, x, t)
-        if float(t[0]) == 1.0 and not torch.equal(x[0], own[0]):
-            found[2] = NAN
-        return found
-
-    monkeypatch.setattr(fork_base.model, "velocity", velocity, raising=False)
+    own = fork_base.spec.noise.sample(generators(seeds))[:, 0]
+    moody = Moody(fork_base.model.velocity, lambda x: torch.equal(x[0], own[0]), "nan", rows=2)
+    monkeypatch.setattr(fork_base.model, "velocity", moody.forward, raising=False)
     found = policy.act_batch(observations, seeds)
     with policy.disabled():
         assert torch.equal(found, policy.act_batch(observations, seeds))

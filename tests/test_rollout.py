@@ -198,27 +198,32 @@ def test_collected_transitions_are_linked(collector):
     assert collector.env_steps <= 960
 
 
+def collected(base, head, n_step, decisions):
+    """A collector that has warmed up on episodes 50 and on."""
+    with VectorTask(FORK, 4) as task:
+        sac = SACConfig(gamma=0.9, n_step=n_step, reward_offset=0.0)
+        made = Collector(base, head, task, Replay(2000, (1, 2)), sac=sac, first_seed=50)
+        for _ in range(decisions):
+            made.step(warm_up=True)
+    return made
+
+
 def test_returns_over_three_decisions_are_what_the_single_ones_add_up_to(fork_base, collector):
     """The same episodes, collected with n_step 1 and 3: R = r + d r' + d d' r'', discount d d' d''."""
     found = {}
     for n in (1, 3):
-        with VectorTask(FORK, 4) as task:
-            replay = Replay(2000, (1, 2))
-            sac = SACConfig(gamma=0.9, n_step=n, reward_offset=0.0)
-            made = Collector(fork_base, collector.head, task, replay, sac=sac, first_seed=50)
-            for _ in range(40):
-                made.step(warm_up=True)
+        replay = collected(fork_base, collector.head, n, decisions=40).replay
         rows = zip(replay.index.tolist(), replay.reward.tolist(), replay.discount.tolist(), strict=True)
         found[n] = {now: (reward, discount, then) for (now, then), reward, discount in list(rows)[: replay.added]}
-    single, ends = found[1], {discount for _, discount, _ in found[1].values()}
-    assert 0.0 in ends and len(found[3]) > 100
+    single = found[1]
+    assert any(discount == 0 for _, discount, _ in single.values()) and len(found[3]) > 100
     cut = 0
     for now, (reward, discount, then) in found[3].items():
         total, weight, at, taken = 0.0, 1.0, now, 0
         while taken < 3 and weight and at in single:
-            total, weight, at, taken = (
-                total + weight * single[at][0], weight * single[at][1], single[at][2], taken + 1,
-            )  # fmt: skip
+            own_reward, own_discount, following = single[at]
+            total, weight = total + weight * own_reward, weight * own_discount
+            at, taken = following, taken + 1
         assert (reward, discount) == pytest.approx((total, weight), abs=1e-5)
         assert not weight or then == at
         cut += bool(weight) and taken < 3
@@ -235,12 +240,8 @@ def test_no_return_reaches_from_an_episode_that_is_dropped_into_the_next(fork_ba
         return (float("nan") if self.seed % 3 == 0 and self.count == 9 else reward), *more
 
     monkeypatch.setattr(Fork, "advance", ill)
-    with VectorTask(FORK, 4) as task:
-        replay = Replay(2000, (1, 2))
-        sac = SACConfig(gamma=0.9, n_step=3)
-        made = Collector(fork_base, collector.head, task, replay, sac=sac, first_seed=50)
-        for _ in range(30):
-            made.step(warm_up=True)
+    made = collected(fork_base, collector.head, 3, decisions=30)
+    replay = made.replay
     goals, index = replay.inputs["state"][:, 2:], replay.index[: replay.added]
     assert made.faults.counts["episode"] > 3 and replay.added > 50
     assert torch.equal(goals[index[:, 0]], goals[index[:, 1]])

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from ..errors import DsrlError, bad
-from ..failsafe import FailSafe, Guard
+from ..failsafe import FailSafe, Guard, finite
 from ..head import SteeringHead
 from ..noise import generators
 from ..observation import IMAGE_PREFIX, PROMPT, STATE, Observations, ObservationSpec
@@ -172,7 +172,7 @@ class Service:
         """The actions (B, K, H, A) under these noises; where a head's leads to none that are finite, the base's own,
         as which it is then booked."""
         actions = self._sample(encoding, torch.cat([noise.values for noise in noises]))
-        broken = ~torch.isfinite(actions).flatten(1).all(1)
+        broken = ~finite(actions)
         turned = [i for i, noise in enumerate(noises) if broken[i] and noise.asked]
         if not turned:
             return actions

@@ -126,7 +126,7 @@ def load(source: str, *, dtype: str = "float32", device: str = "cpu", uri: str =
 
     folder = Path(source).expanduser()
     if not (folder / "config.json").exists():
-        raise bad("base 'flow-mlp:'", "a folder with config.json and model.safetensors", f"'{source}'")
+        raise bad("base 'flow-mlp:'", "a folder with config.json and model.safetensors", f"'{source}' in {Path.cwd()}")
     if dtype != "float32" or device != "cpu":
         raise bad("base", "float32 on the cpu for 'flow-mlp:'", f"{dtype} on {device}")
     raw = read_object(folder / "config.json")

@@ -103,6 +103,11 @@ class RemotePolicy(RemoteBase):
         return Encoding(batch, feature, _Context(observations, kept))
 
     def _denoise(self, encoding: Encoding, noise: torch.Tensor) -> torch.Tensor:
+        """As many noises of every row at a time as the server takes in one request."""
+        each = max(1, p.MAX_SAMPLES // encoding.batch)
+        return torch.cat([self._denoise_some(encoding, part) for part in noise.split(each, 1)], 1)
+
+    def _denoise_some(self, encoding: Encoding, noise: torch.Tensor) -> torch.Tensor:
         """Encodes again where the server has lost the encoding: it restarted, or had to make room."""
         context: _Context = encoding.context
         until = time.monotonic() + self.client.config.deadline_s

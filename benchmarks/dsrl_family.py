@@ -106,7 +106,7 @@ def run_ticket(task: str, seed: int, out: Path) -> None:
         result = evaluate_ticket(base, vector, layout, ticket, recipe.eval.episodes)
     out.mkdir(parents=True, exist_ok=True)
     ticket.save(out / "ticket.json")
-    own = {"steered": result["ticket"], "env_steps": ticket.env_steps, "train_seed": seed}
+    own = {"env_steps": ticket.env_steps, "train_seed": seed}
     (out / "eval.json").write_text(json.dumps(result | own, indent=1) + "\n")
 
 

@@ -65,7 +65,7 @@ def prepare(folder: Path, fps: float, algorithm: str) -> tuple[Path, Path]:
         "fps": fps,
         "operator": "robot_parts:Operator",
         "reset": "dsrl_vla.robots.rehearsal:place",
-        "guards": {"limits": {"a*": [-0.9, 0.9]}, "max_step": {"a*": 1.5}, "rest": {"a*": 0.0}},
+        "guards": {"limits": {"a*": [-0.9, 0.9]}, "max_step": {"a*": 1.5}, "rest": {"a*": 0.0}, "hold_after_s": 60.0},
     }
     (folder / "robot.yaml").write_text(yaml.safe_dump(lab))
     recipe = {

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from .policy import Encoding
 
 log = logging.getLogger(__name__)
+LATCHED = "latched"
 _MARGIN, _LEAST = 1.5, 5.0  # of the furthest deviation seen in training, which counts as 5 where it was less
 
 
@@ -127,12 +128,13 @@ class Guard:
     def noise(
         self, observations: Observations, encoding: Encoding, seeds: Sequence[int], deterministic: bool
     ) -> tuple[torch.Tensor, list[str]]:
-        """Noise float32 (B, 1, H, D), and why a row is the base's own noise ("" where it is the head's)."""
+        """Noise float32 (B, 1, H, D), and why a row is the base's own noise ("" where it is the head's).
+
+        Nothing is counted: whoever acts on it then calls `book` with what it came to.
+        """
         own = self.space.sample(generators(list(seeds)))
         if self.latched:
-            self.decisions += len(seeds)
-            self.fallbacks["latched"] += len(seeds)
-            return own, ["latched"] * len(seeds)
+            return own, [LATCHED] * len(seeds)
         try:
             chosen, reasons = self._ask(observations, encoding, seeds, deterministic)
         except _Late as late:
@@ -143,27 +145,20 @@ class Guard:
         if not all(reasons):
             foreign = torch.tensor([bool(r) for r in reasons])
             noise = torch.where(foreign.view(-1, 1, 1, 1), own, chosen)
-        for reason in reasons:
-            self.count(reason)
         return noise, reasons
 
-    def count(self, reason: str) -> None:
-        """Book a decision; latch when too many of the last ones fell back."""
-        self.decisions += 1
-        self._recent.append(bool(reason))
-        if not reason:
-            return
-        self._book(reason)
+    def book(self, reasons: Sequence[str]) -> None:
+        """Count decisions, and why each was the base's own ("": it was not); latch when too many of the last were."""
+        for reason in reasons:
+            self.decisions += 1
+            if reason == LATCHED:
+                self.fallbacks[LATCHED] += 1
+                continue
+            self._recent.append(bool(reason))
+            if reason:
+                self._fall_back(reason)
 
-    def recount(self, turned: Sequence[bool], reason: str) -> None:
-        """Turn decisions booked as steered into ones that fell back: those set of the newest len(turned)."""
-        for back, fell in enumerate(reversed(turned), 1):
-            if fell:
-                if back <= len(self._recent):
-                    self._recent[-back] = True
-                self._book(reason)
-
-    def _book(self, reason: str) -> None:
+    def _fall_back(self, reason: str) -> None:
         self.fallbacks[reason.partition(":")[0]] += 1
         log.warning("decision %d is the base's own: %s", self.decisions, reason)
         if sum(self._recent) >= self.config.latch_after and not self.latched:

@@ -25,11 +25,19 @@ class TooManyFaultsError(DsrlError):
     """A run met more that is not finite than it is told to skip."""
 
 
-class Faults:
-    """Counts faults by kind."""
+def mending(limit: int) -> str:
+    """What to do about a training run that met `limit` faults."""
+    return (
+        f"train.max_faults is {limit}. The newest checkpoint, where there is one, is from before and sound: mend the "
+        "cause and go on with --resume."
+    )
 
-    def __init__(self, limit: int = 20):
-        self.limit = limit
+
+class Faults:
+    """Counts faults by kind. `remedy`: what to do once there are too many."""
+
+    def __init__(self, limit: int = 20, remedy: str = ""):
+        self.limit, self.remedy = limit, remedy
         self.counts: Counter[str] = Counter()
 
     def add(self, kind: str, words: str) -> None:
@@ -39,8 +47,8 @@ class Faults:
             TooManyFaultsError: it is the one too many.
         """
         self.counts[kind] += 1
-        log.warning("fault %d of %d, skipped: %s", self.counts.total(), self.limit, words)
         self.check(words)
+        log.warning("fault %d, skipped; %d end the run: %s", self.counts.total(), self.limit, words)
 
     def set(self, counts: Mapping[str, int]) -> None:
         """As many as there were."""
@@ -52,9 +60,8 @@ class Faults:
         if self.counts.total() >= self.limit:
             found = ", ".join(f"{count} x {name}" for name, count in self.counts.items())
             raise TooManyFaultsError(
-                f"expected finite losses, rewards, observations and actions, got {found} "
-                f"(train.max_faults {self.limit}); the last: {words}. A run's newest checkpoint is from before "
-                "and sound: mend the cause and go on with --resume."
+                f"expected finite losses, rewards, observations and actions, got {found}; the last: {words}."
+                + (f" {self.remedy}" if self.remedy else "")
             )
 
 

@@ -20,7 +20,7 @@ from torch import nn
 from .draws import Source, normal
 from .head_config import CONFIG, WEIGHTS, HeadConfig
 from .networks import ImageTokens, build
-from .observation import IMAGE_PREFIX, STATE, Observations
+from .observation import IMAGE_PREFIX, STATE, Observations, ObservationSpec
 from .policy import Encoding
 from .recorded import Recorded
 from .run_dir import make_folder, write_tensors, write_text
@@ -122,6 +122,14 @@ class SteeringHead(nn.Module):
         """Let the untrained head choose about `latent` (n, d) in [-1, 1] wherever it looks: a warm start."""
         self.start.copy_(latent.clamp(-0.9, 0.9).atanh())
 
+    @torch.no_grad()
+    def always(self, latent: torch.Tensor) -> None:
+        """Choose `latent` (n, d) in [-1, 1] wherever it looks, to 1e-6, and never learn anything else."""
+        for parameter in self.network.parameters():
+            parameter.zero_()
+        self.network.read.bias.view(-1, 2, latent.shape[1])[:, 1] = _LOG_STD[0]  # for each of n: means, deviations
+        self.start.copy_(latent.clamp(-1 + 1e-6, 1 - 1e-6).atanh())
+
     def read(self, observations: Observations, encoding: Encoding) -> HeadInputs:
         """Take from a checked batch what the head looks at; float32 and uint8 tensors, batched."""
         inputs = {"state": torch.as_tensor(observations[STATE], dtype=torch.float32)}
@@ -172,6 +180,12 @@ class SteeringHead(nn.Module):
     ) -> torch.Tensor:
         """The noise for a batch: float32 (B, 1, H, D), |w| <= bound. Deterministic without generators."""
         return self.layout.expand(self.latent(self.read(observations, encoding), generators)).unsqueeze(1)
+
+    def warm_up(self) -> None:
+        """Choose once, of zeros, so that the first decision takes no longer than others."""
+        seen = ObservationSpec(self.config.state_dim, dict.fromkeys(self.config.cameras), prompt=False).blank()
+        feature = torch.zeros(1, self.config.feature_dim)
+        self.latent(self.read(seen, Encoding(1, feature, None)), None)
 
     def calibrate(self, inputs: HeadInputs) -> None:
         """Remember each column's furthest deviation in a sample (N, …): beyond it an observation counts as foreign."""

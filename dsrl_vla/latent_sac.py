@@ -57,7 +57,7 @@ class SACConfig:
     batch: int = 128
     alpha_init: float = 0.01
     target_entropy: float = -0.5
-    """Nats per dimension of the [-1, 1] box, where uniform noise has +0.69."""
+    """Nats per dimension of the [-1, 1] box, where uniform noise has ln 2 = 0.69, and nothing has more."""
     backup_entropy: bool = False
     """Whether the entropy bonus enters the target. Off: on it feeds itself (see the README)."""
     actor_average: float = 0.998
@@ -80,9 +80,11 @@ class SACConfig:
         for name in ("reward_scale", "actor_lr", "critic_lr", "alpha_lr", "alpha_init", "max_grad_norm"):
             if not getattr(self, name) > 0:
                 raise bad(f"sac.{name}", "above 0", getattr(self, name))
-        for name in ("reward_offset", "reward_scale", "target_entropy"):
+        for name in ("reward_offset", "reward_scale", "actor_lr", "critic_lr", "alpha_lr", "alpha_init"):
             if not math.isfinite(getattr(self, name)):
                 raise bad(f"sac.{name}", "a finite number", getattr(self, name))
+        if not -math.inf < self.target_entropy < math.log(2):  # at more, alpha grows without end
+            raise bad("sac.target_entropy", "a finite number below ln 2 = 0.693, uniform noise's", self.target_entropy)
 
     def chunk_reward(self, rewards: np.ndarray, steps: np.ndarray) -> np.ndarray:
         """sum_i gamma^i (r_i + offset) scale over the steps really executed: (B, k), (B,) -> (B,); gamma is 1 within

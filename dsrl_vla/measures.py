@@ -60,6 +60,8 @@ class Yardstick(abc.ABC):
     interval_name: str
     search: str
     """How to find a layout and bound that can be steered."""
+    overrated: str
+    """What a critic promises too much of."""
 
     @abc.abstractmethod
     def digits(self, about: float) -> int:
@@ -95,6 +97,7 @@ class Success(Yardstick):
 
     name, interval_name = "success", "Wilson"
     search = "Run `dsrl-vla preflight`: another layout or bound may be steerable where this one is not."
+    overrated = "states the robot is stuck in"
 
     def digits(self, about):
         return 2
@@ -128,6 +131,7 @@ class Return(Yardstick):
 
     name, interval_name = "return", "bootstrap"
     search = "Set noise.layout and noise.bound in the recipe, and compare their runs."
+    overrated = "what is still to come"
 
     def digits(self, about):
         return max(0, 2 - _magnitude(about))

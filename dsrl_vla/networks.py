@@ -264,9 +264,9 @@ def _each(stack: Any, parts: Sequence[torch.Tensor]) -> list[torch.Tensor]:
 
 def build(
     config: NetworkConfig, members: int, inputs: list[int], vectors: tuple[int, int], queries: int, outputs: int
-) -> nn.Module:
+) -> Transformer | MLP:
     """Build the network that `config.kind` names; for the other arguments see `Shape`."""
-    kind = Transformer if config.kind == "transformer" else MLP
+    kind: type[Transformer | MLP] = Transformer if config.kind == "transformer" else MLP
     return kind(config, Shape(members, inputs, vectors, queries, outputs))
 
 

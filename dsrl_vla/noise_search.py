@@ -20,6 +20,8 @@ from .episodes import Episode
 from .errors import at_least, bad
 from .evaluation import Measure, evaluation_seeds, measure, paired_difference
 from .head import SteeringHead
+from .head_config import HeadConfig
+from .networks import NetworkConfig
 from .noise import NoiseLayout, generators
 from .noise_aliasing import ActionCritic
 from .policy import FrozenPolicy
@@ -83,6 +85,13 @@ class Ticket:
                 "ticket", f"a latent of shape {layout.latent_shape} for layout '{layout.name}'", tuple(latent.shape)
             )
         return ConstantNoise(layout, latent)
+
+    def head(self, base: FrozenPolicy, layout: NoiseLayout) -> SteeringHead:
+        """A head that chooses it wherever it looks, to be shared and served as any other. Raises as `source`."""
+        smallest = NetworkConfig("mlp", width=8, layers=1)
+        head = SteeringHead(HeadConfig.for_base(base.spec, layout, smallest, fingerprint=base.fingerprint()))
+        head.always(self.source(layout).latent)
+        return head.eval()
 
     def save(self, path: Path) -> None:
         """Write as JSON, all or nothing."""
@@ -173,7 +182,8 @@ def evaluate_ticket(
         "episodes": len(found.episodes),
         "seeds": [seeds[0], seeds[-1]],
         "base": own.to_json(),
-        "ticket": found.to_json(),
+        "steered": found.to_json(),
+        "controls": {},
         "difference": paired_difference(own, found),
         "search_env_steps": ticket.env_steps,
     }

@@ -10,6 +10,7 @@ An episode is a mapping of arrays, one row per environment step: ``observation.s
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, fields
 from typing import Any
@@ -29,6 +30,7 @@ from .replay import Batch, Replay
 
 OfflineEpisode = dict[str, Any]
 Relabel = Callable[[OfflineEpisode], OfflineEpisode]
+_AT_A_TIME = 64  # decisions that the base is asked for: an episode may be long, and a prefix large
 
 
 @dataclass(frozen=True)
@@ -60,8 +62,13 @@ class OfflineConfig:
                 raise bad(f"offline.{name}", "1 or more", value)
 
 
-def check_episode(episode: OfflineEpisode, number: int, base: FrozenPolicy) -> int:
+def check_episode(
+    episode: OfflineEpisode, number: int, base: FrozenPolicy, rewards: tuple[float, float] = (-math.inf, math.inf)
+) -> int:
     """Refuse an episode that lacks something or does not fit the base; return its length T.
+
+    Args:
+        rewards: least and greatest of the task.
 
     Raises:
         DsrlError: names episode and field.
@@ -83,6 +90,10 @@ def check_episode(episode: OfflineEpisode, number: int, base: FrozenPolicy) -> i
     for key in ("action", "reward", STATE):
         if not np.isfinite(episode[key]).all():
             raise bad(f"offline episode {number}: {key}", "finite numbers", "NaN or infinity")
+    for worst in (np.min(episode["reward"]), np.max(episode["reward"])):
+        if not rewards[0] - 1e-6 <= worst <= rewards[1] + 1e-6:  # else its values would be cut to the task's, unsaid
+            fix = "offline.relabel (sparse_success, say) gives rewards like the task's."
+            raise bad(f"offline episode {number}: reward", f"within the task's {list(rewards)}", float(worst), fix)
     return length
 
 
@@ -104,12 +115,24 @@ def demonstrations(episode: OfflineEpisode) -> OfflineEpisode:
 class OfflineLoader:
     """Fills a replay from episodes: one prefix pass and one noise bank per decision.
 
+    Args:
+        rewards: least and greatest of the task that the head is for.
+
     Raises:
         DsrlError: a stride beyond a chunk.
     """
 
-    def __init__(self, base: FrozenPolicy, head: SteeringHead, keeper: Keeper, sac: SACConfig, config: OfflineConfig):
+    def __init__(
+        self,
+        base: FrozenPolicy,
+        head: SteeringHead,
+        keeper: Keeper,
+        sac: SACConfig,
+        config: OfflineConfig,
+        rewards: tuple[float, float] = (-math.inf, math.inf),
+    ):
         self.base, self.head, self.keeper, self.sac, self.config = base, head, keeper, sac, config
+        self.rewards = rewards
         self.stride = config.stride or base.spec.executed_steps
         if self.stride > base.spec.executed_steps:
             most = f"at most the {base.spec.executed_steps} steps that '{base.spec.uri}' executes of a chunk"
@@ -122,7 +145,7 @@ class OfflineLoader:
             DsrlError: an episode is malformed, or the algorithm needs noise that such data do not have.
         """
         for number, episode in enumerate(episodes):
-            length = check_episode(episode, number, self.base)
+            length = check_episode(episode, number, self.base, self.rewards)
             for first in range(0, min(self.base.spec.executed_steps, length), self.stride):
                 self._chain(replay, episode, first, length, number)
             on_episode()
@@ -132,15 +155,11 @@ class OfflineLoader:
         """Add the decisions at steps first, first + k, first + 2k, …"""
         k = self.base.spec.executed_steps
         starts = np.arange(first, length, k)
-        observations = _rows(episode, starts)
-        encoding = self.base.encode(observations)
-        inputs = self.head.read(observations, encoding)
         chunk, reward, steps = self._chunks(episode, starts, length)
-        numbers = replay.observe(inputs)
-        streams = [episode_generators([number], int(start))[0] for start in starts]
-        extras = self.keeper.observed(self.base, encoding)
-        extras |= self.keeper.label(self.base, encoding, self.head, inputs, chunk, streams)
-        replay.attach(numbers, extras)
+        numbers = np.zeros(len(starts), dtype=np.int64)
+        for at in range(0, len(starts), _AT_A_TIME):
+            some = slice(at, at + _AT_A_TIME)
+            numbers[some] = self._observe(replay, episode, starts[some], chunk[some], number)
         windows = NStepWindows(self.sac.n_step, 1, replay.add)
         blank = torch.zeros(self.head.layout.latent_shape)
         over = bool(episode["terminated"]) or self.sac.timeouts == "terminal"
@@ -153,6 +172,19 @@ class OfflineLoader:
             discount = 0.0 if last else float(self.sac.chunk_discount(steps[i]))
             windows.push(0, Decision(int(numbers[i]), blank, float(reward[i]), discount))
         windows.terminated(0)
+
+    def _observe(
+        self, replay: Replay, episode: OfflineEpisode, starts: np.ndarray, chunk: torch.Tensor, number: int
+    ) -> np.ndarray:
+        """Store what there was to see at these steps, with what is kept of each; return their numbers."""
+        observations = _rows(episode, starts)
+        encoding = self.base.encode(observations)
+        inputs = self.head.read(observations, encoding)
+        numbers = replay.observe(inputs)
+        streams = [episode_generators([number], int(start))[0] for start in starts]
+        extras = self.keeper.observed(self.base, encoding)
+        replay.attach(numbers, extras | self.keeper.label(self.base, encoding, self.head, inputs, chunk, streams))
+        return numbers
 
     def _chunks(
         self, episode: OfflineEpisode, starts: np.ndarray, length: int

@@ -64,6 +64,20 @@ def from_plain(cls: type, tree: Any, where: str, kind: str = "recipe key") -> An
     return cls(**values)
 
 
+def check_choices(config: Any, where: str = "") -> None:
+    """Refuse a dataclass, or one within it, that holds what its type does not list: also when built from Python.
+
+    Raises:
+        DsrlError: names the field, and what it may be.
+    """
+    for name, wanted in typing.get_type_hints(type(config)).items():
+        value, named = getattr(config, name), f"{where}.{name}" if where else name
+        if is_dataclass(value):
+            check_choices(value, named)
+        elif any(typing.get_origin(kind) is Literal for kind in (wanted, *typing.get_args(wanted))):
+            _convert(wanted, value, named, "")
+
+
 def _convert(wanted: Any, value: Any, name: str, kind: str) -> Any:
     if wanted is Any:
         return value

@@ -1,7 +1,7 @@
 """A recipe: everything a run needs, as data. YAML in, validated frozen dataclasses out.
 
 A recipe may say ``extends: <name>`` and then only what differs. Unknown keys are refused with the nearest
-name; every value is checked when the dataclass that holds it is built.
+name; every value is checked when the dataclass that holds it is built, and choices between words when the recipe is.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from .networks import NetworkConfig
 from .noise import NoiseLayout, NoiseSpace
 from .noise_aliasing import NAConfig
 from .offline import OfflineConfig
-from .plain import from_plain, read_sections
+from .plain import check_choices, from_plain, read_sections
 from .policy import FrozenPolicy
 from .recipes import shipped
 from .rollout import TaskConfig
@@ -116,7 +116,7 @@ class TrainConfig:
     checkpoint_every: int = 5_000
     """Environment steps between checkpoints."""
     max_faults: int = 20
-    """Losses, rewards, observations and actions that are not finite to skip, before the run stops."""
+    """The run stops at the so-many-th loss, reward, observation or action that is not finite; others are skipped."""
     seed: int = 0
     device: str = "cpu"
     """Where head and critics learn: cpu, cuda or cuda:<n>, of which base.device is independent."""
@@ -175,6 +175,7 @@ class Recipe:
     eval: EvalConfig = field(default_factory=EvalConfig)
 
     def __post_init__(self) -> None:
+        check_choices(self)
         if "best-of-k" in self.eval.baselines and self.algorithm == "sac":
             raise bad("eval.baselines best-of-k", "algorithm na or na-exact, which have a Q^A", "sac")
         if self.train.env_steps == 0 and not (self.offline.source and self.offline.updates):

@@ -19,6 +19,7 @@ from .policy import Encoding, FrozenPolicy
 if TYPE_CHECKING:
     from .head import SteeringHead
 
+_DISABLED = "disabled"
 NOT_FINITE = "base: its actions under the head's noise hold NaN or infinity"
 
 
@@ -55,6 +56,9 @@ class SteeredPolicy:
         check_pair(head.config, base, allow_mismatch)
         self.base, self.head = base, head.eval().to(base.device)
         self.guard = Guard(self.head, base.spec.noise, failsafe or FailSafe())
+        if self.guard.config.deadline_s is not None:  # a head's first run takes longest: on a GPU it is recorded
+            with contextlib.suppress(Exception):
+                self.head.warm_up()
         self.enabled = True
         self.last_fallback = ""
         """Why the newest decision was the base's own; empty when it was the head's."""
@@ -87,12 +91,13 @@ class SteeredPolicy:
         self, observations: Observations, encoding: Encoding, seeds: Sequence[int], *, deterministic: bool = True
     ) -> torch.Tensor:
         """The actions behind an encoding, float32 (B, 1, H, A), finite. Raises as `act` does."""
-        noise, reasons = self.noise(observations, encoding, seeds, deterministic=deterministic)
+        noise, reasons = self._choose(observations, encoding, seeds, deterministic)
         with _base_errors(self.base):
             actions = self.base.denoise(encoding, noise)
         broken = ~finite(actions)
         if broken.any():
             actions, reasons = self._without_head(encoding, seeds, noise, broken, reasons)
+        self._book(reasons)
         self.last_fallback = next(filter(None, reasons), "")
         return actions
 
@@ -100,9 +105,19 @@ class SteeredPolicy:
         self, observations: Observations, encoding: Encoding, seeds: Sequence[int], *, deterministic: bool = True
     ) -> tuple[torch.Tensor, list[str]]:
         """The noise of a batch of decisions, float32 (B, 1, H, D), and why a row is the base's own ("": it is not)."""
+        noise, reasons = self._choose(observations, encoding, seeds, deterministic)
+        self._book(reasons)
+        return noise, reasons
+
+    def _choose(
+        self, observations: Observations, encoding: Encoding, seeds: Sequence[int], deterministic: bool
+    ) -> tuple[torch.Tensor, list[str]]:
         if not self.enabled:
-            return self.base.spec.noise.sample(generators(list(seeds))), ["disabled"] * len(seeds)
+            return self.base.spec.noise.sample(generators(list(seeds))), [_DISABLED] * len(seeds)
         return self.guard.noise(observations, encoding, seeds, deterministic)
+
+    def _book(self, reasons: Sequence[str]) -> None:
+        self.guard.book([reason for reason in reasons if reason != _DISABLED])
 
     def _without_head(
         self, encoding: Encoding, seeds: Sequence[int], noise: torch.Tensor, broken: torch.Tensor, reasons: list[str]
@@ -117,9 +132,8 @@ class SteeredPolicy:
                     break
             else:
                 raise ValueError("its actions hold NaN or infinity")
-        turned = [row and not reason for row, reason in zip(back.tolist(), reasons, strict=True)]
-        self.guard.recount(turned, NOT_FINITE)
-        return actions, [NOT_FINITE if row else reason for row, reason in zip(turned, reasons, strict=True)]
+        turned = zip(back.tolist(), reasons, strict=True)
+        return actions, [NOT_FINITE if row and not reason else reason for row, reason in turned]
 
     @property
     def steering(self) -> bool:

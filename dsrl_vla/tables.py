@@ -34,7 +34,8 @@ def print_preflight(result: dict[str, Any]) -> None:
     advice = result["recommendation"]
     console.print(f"noise sensitivity of the executed actions: {result['noise_sensitivity']:.3f}")
     console.print(advice["words"])
-    console.print(f"recommended: --noise.layout {advice['layout']} --noise.bound {advice['bound']:g}")
+    what = "recommended" if advice["worth_steering"] else "if you train all the same"
+    console.print(f"{what}: --noise.layout {advice['layout']} --noise.bound {advice['bound']:g}")
 
 
 def print_evaluation(result: dict[str, Any]) -> None:

@@ -21,7 +21,7 @@ from .collectors import make_collector
 from .episodes import Episode
 from .errors import DsrlError, WorkerLostError, bad
 from .evaluation import measure
-from .faults import Faults
+from .faults import Faults, mending
 from .finalists import Finalist, Finalists
 from .head import HeadConfig, SteeringHead
 from .interrupts import stop_requests
@@ -77,7 +77,8 @@ class Trainer:
         torch.manual_seed(config.seed)
         self.head = _new_head(recipe, base)
         layout = self.head.layout
-        searched = self._warm_start() if config.warm_start == "ticket" else 0
+        self.searched = self._warm_start() if config.warm_start == "ticket" else 0
+        """Environment steps of the search for a ticket, which count."""
         each = [sac.value_bounds(info.reward_range, base.spec.executed_steps) for info in task.infos]
         bounds = min(low for low, _ in each), max(high for _, high in each)
         self.learner = build_learner(
@@ -88,20 +89,20 @@ class Trainer:
         self.data: Replay | MixedReplay = self.replay
         if recipe.offline.source:
             offline = Replay(config.replay_capacity, layout.latent_shape, place("replay-offline"))
-            fill(offline, OfflineLoader(base, self.head, self.learner.keeper(), sac, recipe.offline))
+            ranges = [info.reward_range for info in task.infos]
+            rewards = min(low for low, _ in ranges), max(high for _, high in ranges)
+            fill(offline, OfflineLoader(base, self.head, self.learner.keeper(), sac, recipe.offline, rewards))
             self.data = MixedReplay(self.replay, offline, recipe.offline.share)
-        self.faults = Faults(config.max_faults)
+        self.faults = Faults(config.max_faults, mending(config.max_faults))
         self.updates = Updates(self.learner, self.data, sac.batch, config.seed, self.faults, team or Team())
         keeper = self.learner.keeper()
         self.collector = make_collector(
             recipe, base, self.head, task, self.replay, out, keeper=keeper, faults=self.faults
         )
-        self.collector.env_steps = searched
+        self.collector.env_steps = self.searched
         self.metrics = Metrics(out / "metrics.jsonl")
         self.base_sha256 = base.sha256()
         self.measured = task.info.measure
-        if config.stop_at is not None and self.measured != "success":
-            raise bad("train.stop_at", f"none for {task.info.uri}, where nothing is a success", config.stop_at)
         self.writing = Writing()
         self.finalists = Finalists(out, config.finalists, self.writing)
         self.validated: deque[float] = deque(maxlen=2)
@@ -168,7 +169,8 @@ class Trainer:
             log.warning("interrupted; go on with: dsrl-vla train %s --out %s --resume", recipe, self.out)
         elif not self.learner.updates:
             wanted = f"steps for more than the {config.learning_starts} decisions of train.learning_starts"
-            least = math.ceil(config.learning_starts * collector.env_steps / collector.decisions)
+            each = (collector.env_steps - self.searched) / collector.decisions
+            least = self.searched + math.ceil(config.learning_starts * each)
             got = f"{collector.decisions} decisions: nothing has been learnt"
             raise bad(f"train.env_steps {config.env_steps}", wanted, got, f"About {least} steps make so many.")
         return self.done
@@ -206,7 +208,7 @@ class Trainer:
     def _after(self, before: int, tracker: Tracker) -> None:
         """Reports, validation and checkpoints that fell due since `before` environment steps."""
         config, steps = self.recipe.train, self.collector.env_steps
-        begun = config.warm_start != "none" and not self.finalists.ranked  # what is handed out is no worse than that
+        begun = config.warm_start != "none" and not self.validated  # what is handed out is no worse than that
         found = self.validate() if self.learner.updates and (begun or self.due(config.validate_every, before)) else {}
         if found or self.due(1000, before):
             tracker.log(self.report(found), steps)

@@ -76,7 +76,7 @@ def train(
 
     Raises:
         DsrlError: `out` holds another run and `resume` is off, or its recipe differs and `resume` is on; the
-            base does not fit the task; the disk is still full at the end. TooManyFaultsError: more than
+            base does not fit the task; the disk is still full at the end. TooManyFaultsError:
             ``train.max_faults`` losses, rewards or observations were not finite.
         NotSteerableError: the base fails the probe. WorkerLostError: too many rollout workers died; the state is
             saved.
@@ -103,6 +103,7 @@ def train(
             _check_task(recipe, base, info)
         if evaluate_after:
             evaluation_seeds(task, recipe.eval.episodes, known=known)  # refused before the work, and not after it
+        _check_warm_up(recipe, base)
         probe(base, example(task))
         recipe = resolve_layout(recipe, base, task, out)
         trainer = Trainer(recipe, base, task, held_out, out, team)
@@ -123,11 +124,21 @@ def train(
 
 
 def _check_task(recipe: Recipe, base: FrozenPolicy, info: TaskInfo) -> None:
-    """Refuse a task that base or head does not fit."""
+    """Refuse a task that the base, the head or the recipe does not fit."""
     base.check_task(info)
     if absent := [name for name in recipe.head.cameras if name not in info.cameras]:
         there = ", ".join(info.cameras) or "none"
         raise bad("head.cameras", f"cameras of the task '{info.uri}' ({there})", f"'{absent[0]}'")
+    if recipe.train.stop_at is not None and info.measure != "success":
+        raise bad("train.stop_at", f"none for {info.uri}, where nothing is a success", recipe.train.stop_at)
+
+
+def _check_warm_up(recipe: Recipe, base: FrozenPolicy) -> None:
+    """Say beforehand that a run may end without having learnt."""
+    config, steps = recipe.train, base.spec.executed_steps
+    if not recipe.offline.updates and config.env_steps <= config.learning_starts * steps:
+        words = "train.env_steps %d may not do for the %d decisions of train.learning_starts, of up to %d steps each"
+        log.warning(words, config.env_steps, config.learning_starts, steps)
 
 
 def _follow(team: LaunchedTeam, recipe: Recipe) -> SteeringHead:

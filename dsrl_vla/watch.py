@@ -20,6 +20,8 @@ from .measures import YARDSTICKS, Yardstick
 from .n_step import Decision
 from .replay import Replay
 
+_LEAST_GAP = 0.05  # below which a critic's promise is noise, whatever the episodes brought
+
 
 @dataclass(frozen=True)
 class Finished:
@@ -32,8 +34,14 @@ class Finished:
 
     @classmethod
     def of(cls, decisions: list[Decision]) -> Finished:
-        """Discounted return from each decision on: G_t = r_t + gamma^k G_{t+1}, nothing after the last."""
+        """Discounted return from each decision on: G_t = r_t + gamma^k G_{t+1}.
+
+        Nothing follows the last, unless the episode was cut off: then it goes on as it was on average, if that is
+        worth more than nothing. Of a robot that runs until its time is up, much of the return is still to come.
+        """
         found, following = [], 0.0
+        if decisions[-1].discount > 0:
+            following = max(0.0, sum(d.reward for d in decisions) / sum(1 - d.discount for d in decisions))
         for decision in reversed(decisions):
             following = decision.reward + decision.discount * following
             found.append(following)
@@ -60,7 +68,6 @@ def value_gap(critic: CriticEnsemble, replay: Replay, episodes: Collection[Finis
 
     Returns:
         ``{"return": mean of G, "value_gap": mean of Q(s, u) - G}``; nothing when the replay has forgotten them.
-        An episode cut off counts as if nothing followed, so a little above 0 is sound where many time out.
     """
     if not episodes:
         return {}
@@ -87,6 +94,7 @@ class Watch:
         self.target_entropy, self.episodes, self.env_steps = target_entropy, episodes, env_steps
         self.best, self.most = -math.inf, 0.0
         self.first: float | None = None
+        """What there was before learning: the success of the warm-up, or else the first validation."""
         self.seen = 0
         """Validations."""
         self.active: set[str] = set()
@@ -96,6 +104,8 @@ class Watch:
     def see(self, row: Mapping[str, float]) -> list[str]:
         """Take a row; return the warnings it gives rise to, and keep them in `warnings`."""
         said = {"value": self._value(row), "entropy": self._entropy(row)}
+        if self.yardstick.name in row and not row.get("updates"):
+            self.first = row[self.yardstick.name]
         if (found := row.get(f"validation_{self.yardstick.name}")) is not None:
             self.best, self.seen = max(self.best, found), self.seen + 1
             self.first = found if self.first is None else self.first
@@ -113,11 +123,12 @@ class Watch:
             return ""
         self.gaps.append(gap)
         self.most = max(self.most, abs(row["return"]))
-        if len(self.gaps) < 3 or min(self.gaps) < max(0.5 * self.most, 1e-3):
+        if len(self.gaps) < 3 or min(self.gaps) < max(0.5 * self.most, _LEAST_GAP):
             return ""
         return (
-            f"the critic promises {gap:.2f} more than the last episodes brought ({row['return']:.2f} on average): it "
-            "overrates states the robot is stuck in. Raise sac.n_step, or critic.members with reduction min."
+            f"the critic promises {gap:.2f} more than the last episodes brought ({row['return']:.2f} on average, "
+            f"discounted): it overrates {self.yardstick.overrated}. Raise sac.n_step, or critic.members with "
+            "reduction min."
         )
 
     def _entropy(self, row: Mapping[str, float]) -> str:
@@ -141,8 +152,8 @@ class Watch:
     def _stuck(self, steps: float, first: float) -> str:
         if not self.env_steps / 2 <= steps < self.env_steps or self.seen < 2 or self.yardstick.risen(self.best, first):
             return ""
-        best = f"{self.best:.{self.yardstick.digits(self.best)}f}"
+        name, digits = self.yardstick.name, self.yardstick.digits(self.best)
         return (
-            f"half of the steps are used and validation {self.yardstick.name} has not risen (best {best}). "
-            f"{self.yardstick.search}"
+            f"half of the steps are used and validation {name} has not risen (first {first:.{digits}f}, best "
+            f"{self.best:.{digits}f}). {self.yardstick.search}"
         )

@@ -262,15 +262,31 @@ def test_where_one_rows_noise_spoils_another_the_head_has_no_part_in_any(fork_ba
     assert policy.fallbacks == {"base": 3}
 
 
-def test_in_a_batch_the_rows_that_the_head_spoilt_are_booked_and_no_others(fork_base, observation):
-    policy = SteeredPolicy(fork_base, make_head(fork_base), failsafe=FailSafe(latch_after=4, window=8))
-    for reason in ("", "foreign: x", "", ""):
-        policy.guard.count(reason)
-    policy.guard.recount([False, False, True, False], "base: NaN")
-    assert list(policy.guard._recent) == [False, True, True, False]
-    assert policy.fallbacks == {"foreign": 1, "base": 1} and policy.guard.decisions == 4
-    policy.guard.recount([True, False, False, True], "base: NaN")
+def test_decisions_are_counted_once_and_only_by_whoever_acts_on_them(fork_base, observation):
+    policy = SteeredPolicy(fork_base, make_head(fork_base), failsafe=FailSafe(latch_after=3, window=8))
+    guard, seen = policy.guard, batch([observation(fork_base)])
+    encoding = fork_base.encode(seen)
+    guard.noise(seen, encoding, [0], True)
+    assert guard.decisions == 0
+    guard.book(["", "foreign: x", "base: NaN", ""])
+    assert list(guard._recent) == [False, True, True, False] and policy.steering
+    assert policy.fallbacks == {"foreign": 1, "base": 1} and guard.decisions == 4
+    guard.book(["foreign: x"])
     assert not policy.steering
+    policy.act(observation(fork_base))
+    assert policy.fallbacks == {"foreign": 2, "base": 1, "latched": 1} and guard.decisions == 6
+
+
+def test_a_head_with_a_deadline_has_run_before_the_first_decision(fork_base, monkeypatch):
+    head, runs = make_head(fork_base), []
+    real = head.latent
+    monkeypatch.setattr(head, "latent", lambda *arguments: runs.append(1) or real(*arguments))
+    SteeredPolicy(fork_base, head)
+    assert not runs
+    policy = SteeredPolicy(fork_base, head, failsafe=FailSafe(deadline_s=5.0))
+    assert len(runs) == 1 and policy.guard.decisions == 0
+    monkeypatch.setattr(head, "latent", raising)
+    SteeredPolicy(fork_base, head, failsafe=FailSafe(deadline_s=5.0))  # which will be said at the decision
 
 
 def test_noise_is_bounded_whatever_the_weights(fork_base, observation):

@@ -141,13 +141,17 @@ def test_weights_may_be_renamed_tied_cast_or_transposed(tmp_path):
         check_loaded(model, tmp_path / "model.safetensors", "there")
 
 
-def test_a_processor_step_from_elsewhere_is_not_loaded(smolvla, tmp_path):
+@pytest.mark.parametrize(
+    "step", ["subprocess.Popen", "lerobot.envs.factory.make_env", "lerobot.envs.factory.importlib.import_module"]
+)
+def test_a_processor_step_from_elsewhere_is_not_loaded(smolvla, tmp_path, step):
+    """LeRobot would call whatever has this name: its own make_env runs code out of a repository."""
     folder = shutil.copytree(smolvla, tmp_path / "odd")
     path = folder / "policy_postprocessor.json"
     tree = json.loads(path.read_text())
-    tree["steps"].append({"class": "subprocess.Popen", "config": {"args": ["true"]}})
+    tree["steps"].append({"class": step, "config": {"args": ["true"]}})
     path.write_text(json.dumps(tree))
-    with pytest.raises(DsrlError, match=r"expected processor steps that are LeRobot's own, got 'subprocess.Popen'"):
+    with pytest.raises(DsrlError, match=r"expected processor steps that are LeRobot's own, got '" + step):
         load_base(f"lerobot:{folder}")
 
 

@@ -19,7 +19,7 @@ def robot_file(tmp_path, **more):
         "fps": 1000,
         "operator": "none",
         "reset": "dsrl_vla.robots.rehearsal:place",
-        "guards": {"limits": {"a*": [-1, 1]}, "rest": {"a*": 0.0}},
+        "guards": {"limits": {"a*": [-1, 1]}, "rest": {"a*": 0.0}, "hold_after_s": 60},
     }
     path = tmp_path / "robot.yaml"
     path.write_text(yaml.safe_dump(tree | more))

@@ -34,7 +34,7 @@ def test_a_ticket_beats_the_base_where_one_side_is_right(fork_base, layout):
     assert ticket == again and len(ticks) == config.total_episodes
     assert ticket.env_steps == sum(e.steps for e in ticks) == ticket.rounds[-1]["env_steps"]
     assert [r["candidates"] for r in ticket.rounds] == config.rounds
-    assert result["ticket"]["success"] >= 0.9 > result["base"]["success"] + 0.2
+    assert result["steered"]["success"] >= 0.9 > result["base"]["success"] + 0.2
     assert torch.tensor(ticket.latent).abs().max() <= 1
 
 
@@ -95,7 +95,24 @@ def test_the_command_leaves_ticket_and_evaluation(fork_recipe, tmp_path, capsys)
     assert main(["search", str(fork_recipe), *options, "--noise.bound", "1.0"]) == 0
     assert "best constant noise" in capsys.readouterr().out
     assert json.loads((out / "eval.json").read_text())["episodes"] == 5
-    assert Ticket.load(out / "ticket.json").episodes == 4
+    ticket = Ticket.load(out / "ticket.json")
+    assert ticket.episodes == 4
+    head = SteeringHead.from_pretrained(out / "best")
+    chosen = head.latent({"state": torch.randn(3, 4), "feature": torch.randn(3, head.config.feature_dim)}, None)
+    assert torch.allclose(chosen, torch.tensor(ticket.latent).expand_as(chosen), atol=1e-5)
+    before = json.loads((out / "eval.json").read_text())
+    assert main(["eval", str(out), "--episodes", "5"]) == 0
+    after = json.loads((out / "eval.json").read_text())
+    assert after["steered"]["success"] == after["steered_stochastic"]["success"] == before["steered"]["success"]
+    assert after["env_steps"] == ticket.env_steps and (out / "curves.png").exists()
+    assert main(["push", str(out), "--folder", str(tmp_path / "card")]) == 0
+    assert f"{ticket.env_steps:,} environment steps" in (tmp_path / "card" / "README.md").read_text()
+
+
+def test_a_base_that_does_not_fit_the_task_is_not_searched(fork_recipe, tmp_path, capsys):
+    options = ["--task.uri", "metaworld:drawer-open-v3", "--out", str(tmp_path / "ticket")]
+    assert main(["search", str(fork_recipe), *options]) == 2
+    assert "task metaworld:drawer-open-v3: expected actions of width 2, got 4" in capsys.readouterr().err
 
 
 def test_a_run_can_start_from_the_ticket_and_counts_its_steps(fork_recipe, tmp_path):

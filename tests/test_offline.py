@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from dsrl_vla import load_recipe
+from dsrl_vla import load_recipe, offline
 from dsrl_vla.cli import main
 from dsrl_vla.errors import DsrlError
 from dsrl_vla.head import HeadConfig, SteeringHead
@@ -129,6 +129,31 @@ def test_a_stride_beyond_a_chunk_is_refused(fork_base, head, episodes):
     """It would quietly be a chunk's."""
     with pytest.raises(DsrlError, match="offline.stride: expected at most the 4 steps that 'flow-mlp:.*got 5"):
         filled(fork_base, head, episodes, stride=5)
+
+
+def test_a_long_episode_asks_the_base_for_a_few_decisions_at_a_time(fork_base, head, episodes, monkeypatch):
+    whole = filled(fork_base, head, episodes)
+    batches, real = [], fork_base._encode
+    monkeypatch.setattr(offline, "_AT_A_TIME", 3)
+    monkeypatch.setattr(
+        fork_base, "_encode", lambda seen, count: batches.append(count) or real(seen, count), raising=False
+    )
+    parts = filled(fork_base, head, episodes)
+    assert max(batches) == 3 and (parts.observed, parts.added) == (whole.observed, whole.added)
+    for name, tensor in parts.tensors().items():
+        assert torch.allclose(tensor.float(), whole.tensors()[name].float(), atol=1e-5), name
+
+
+def test_rewards_beyond_the_tasks_are_refused(fork_base, head, episodes):
+    """The values that they add up to would be cut to the task's, and idling be worth as much as success."""
+    ones = [e | {"reward": np.asarray(e["reward"]) + 1.0} for e in episodes]
+    make = lambda rewards: OfflineLoader(
+        fork_base, head, BankKeeper(BankConfig(3)), SACConfig(), OfflineConfig(), rewards
+    )
+    make((-1.0, 0.0)).fill(Replay(2000, head.layout.latent_shape), episodes)
+    words = r"offline episode \d+: reward: expected within the task's \[-1.0, 0.0\], got 1.0. offline.relabel"
+    with pytest.raises(DsrlError, match=words):
+        make((-1.0, 0.0)).fill(Replay(2000, head.layout.latent_shape), ones)
 
 
 def test_sac_refuses_data_without_noise_and_na_exact_takes_it(fork_base, head, episodes):

@@ -4,7 +4,9 @@ import yaml
 from dsrl_vla import load_base, load_recipe, train
 from dsrl_vla.bases import adapters
 from dsrl_vla.errors import DsrlError, UnknownNameError
+from dsrl_vla.latent_sac import SACConfig
 from dsrl_vla.pretraining import load_pretrain_recipe
+from dsrl_vla.recipe import EvalConfig, Recipe
 from dsrl_vla.recipes import shipped
 
 
@@ -105,6 +107,16 @@ def test_unknown_recipes_and_circles_are_refused(write):
     write("extends: b.yaml", "a.yaml")
     with pytest.raises(DsrlError, match="do not extend each other in a circle"):
         load_recipe(write("extends: a.yaml", "b.yaml"))
+
+
+def test_choices_are_checked_also_where_a_recipe_is_built_in_python():
+    """Else a misspelt one falls through to another behaviour."""
+    with pytest.raises(DsrlError, match="sac.discount: expected step or chunk, got 'steps'"):
+        Recipe(sac=SACConfig(discount="steps"))
+    with pytest.raises(DsrlError, match="algorithm: expected sac or na or na-exact, got 'nna'"):
+        Recipe(algorithm="nna")
+    with pytest.raises(DsrlError, match=r"eval.baselines\[0\]: expected ticket or best-of-k, got 'tickets'"):
+        Recipe(eval=EvalConfig(baselines=("tickets",)))
 
 
 def test_the_resolved_recipe_writes_every_field_out():

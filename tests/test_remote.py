@@ -170,6 +170,17 @@ def test_other_processors_around_the_same_weights_are_noticed(tiny_pi0, observat
         remote.encode(batch([observation(tiny_pi0)]))
 
 
+def test_more_noises_than_a_request_may_hold_go_in_several(fork_base, served, observation, connect_to):
+    base = connect_to(served(fork_base).uri)
+    seen = batch([observation(fork_base, i) for i in range(32)])
+    noise = torch.randn(32, 9, *fork_base.spec.noise.shape)  # the bank of 32 environments: 288
+    wanted = fork_base.denoise(fork_base.encode(seen), noise)
+    assert torch.allclose(base.denoise(base.encode(seen), noise), wanted, atol=1e-5)
+    assert base.served() == {"prefix_passes": 1, "observations": 32, "sampler_runs": 2}
+    with pytest.raises(DsrlError, match="at most 256 rows in one request, got 257"):
+        base.encode(batch([observation(fork_base)] * 257))
+
+
 def test_a_closed_base_says_so_and_can_be_closed_again(fork_base, observation, connect_to):
     with PolicyServer(Service(fork_base), ServerConfig(port=0)) as server:
         remote = connect_to(server.uri)

@@ -5,6 +5,7 @@ import os
 import pty
 import sys
 from pathlib import Path
+from time import sleep
 
 import numpy as np
 import pytest
@@ -23,7 +24,7 @@ from dsrl_vla.robots.task import RobotTask
 from dsrl_vla.robots.terminal import TerminalOperator
 from dsrl_vla.tasks.live import Ending
 
-FREE = GuardsConfig(limits={"a*": [-1.0, 1.0]}, rest={"a*": 0.0})
+FREE = GuardsConfig(limits={"a*": [-1.0, 1.0]}, rest={"a*": 0.0}, hold_after_s=60)
 
 
 class Time:
@@ -229,6 +230,46 @@ def test_a_speed_that_is_measured_is_stopped_and_not_kept():
     assert wheels.commands == [{"x.pos": 1.0, "theta.vel": 0.5}] + [{"x.pos": 1.0, "theta.vel": 0.0}] * 2
     with pytest.raises(DsrlError, match=r"what stands still for 'theta\.vel', which is a velocity"):
         Rig(Wheels(), arm_guards(limits={"*": [-20, 20]}))
+
+
+def test_a_robot_that_cannot_be_seen_any_more_is_told_to_rest_where_it_was_sent():
+    wheels, guards = Wheels(), arm_guards(limits={"*": [-20, 20]}, rest={"*.vel": 0.0})
+    rig = Rig(wheels, guards)
+    rig.observe()
+    rig.send(np.array([1.0, 0.5]))
+    wheels.get_observation = lambda: 1 / 0  # a camera times out
+    rig.close()
+    assert wheels.commands[1:] == [{"x.pos": 1.0, "theta.vel": 0.0}] and not wheels.is_connected
+    moved = Wheels()
+    rig = Rig(moved, guards)
+    rig.observe()
+    rig.send(np.array([1.0, 0.0]))
+    rig.moved()  # since then by a reset: its last target would be a leap
+    moved.get_observation = wheels.get_observation
+    rig.close()
+    assert len(moved.commands) == 1
+
+
+def test_wheels_stop_while_nobody_says_anything(caplog):
+    """A base that thinks for long, or a server that does not answer: a velocity would stay in force."""
+    wheels, guards = Wheels(), arm_guards(limits={"*": [-20, 20]}, rest={"*.vel": 0.0}, hold_after_s=0.05)
+    rig = Rig(wheels, guards)
+    rig.observe()
+    for _ in range(2):
+        rig.send(np.array([1.0, 0.5]))
+        for _ in range(1000):
+            if wheels.commands[-1]["theta.vel"] == 0.0:
+                break
+            sleep(0.01)
+    assert wheels.commands == [{"x.pos": 1.0, "theta.vel": 0.5}, {"x.pos": 1.0, "theta.vel": 0.0}] * 2
+    assert caplog.text.count("no command for 0.05 s") == 2
+    wheels.commands.clear()
+    rig.send(np.array([1.0, 0.5]))
+    rig.hold()
+    rig.close()
+    assert [each["theta.vel"] for each in wheels.commands] == [0.5, 0.0, 0.0]
+    with pytest.raises(DsrlError, match=r"guards.hold_after_s: expected seconds, above 0 and finite, got 0"):
+        arm_guards(hold_after_s=0)
 
 
 @pytest.mark.usefixtures("at_a_terminal")
@@ -487,7 +528,7 @@ def write_file(folder, script=(), **more):
         "operator": "none",
         "teleop": {"factory": f"{__name__}:Hand"},
         "reset": "dsrl_vla.robots.rehearsal:place",
-        "guards": {"limits": {"a*": [-1, 1]}, "rest": {"a*": 0.0}},
+        "guards": {"limits": {"a*": [-1, 1]}, "rest": {"a*": 0.0}, "hold_after_s": 60},
         "script": [dict(zip(("episode", "step", "say"), line, strict=True)) for line in script],
     }
     sys.modules.setdefault(__name__, sys.modules[Hand.__module__])

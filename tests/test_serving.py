@@ -20,6 +20,7 @@ from dsrl_vla.serving.requests import Infer
 from dsrl_vla.serving.server import PolicyServer, ServerConfig
 from dsrl_vla.serving.service import Handles, Service
 from dsrl_vla.serving.wire import pack, unpack
+from dsrl_vla.serving.worker import Worker, _Job
 from serving_parts import KEY, Failing, Line, Slow, health, make_head, start_cli
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 
@@ -407,6 +408,28 @@ def test_noise_that_spoils_one_clients_actions_costs_the_others_nothing(fork_bas
     good, refused = service.infer([Infer(seen, None, 3), Infer(seen, poison, 3)], sessions)
     assert "NaN" in good["dsrl/fallback"] and isinstance(refused, DsrlError)
     assert sessions[0].guard.fallbacks == {"base": 1} and sessions[0].guard.decisions == 1
+
+
+def test_a_batch_that_fails_and_is_run_one_by_one_is_counted_once(fork_base, observation, monkeypatch, caplog):
+    head = make_head(fork_base)
+    service, seen = Service(fork_base, head), batch([observation(fork_base)])
+    monkeypatch.setattr(head, "latent", lambda *_: 1 / 0)
+    real = fork_base._denoise
+
+    def short_of_memory(encoding, noise):
+        if encoding.batch > 1:
+            raise RuntimeError("out of memory")
+        return real(encoding, noise)
+
+    monkeypatch.setattr(fork_base, "_denoise", short_of_memory, raising=False)
+    sessions = [service.session(1) for _ in range(2)]
+    jobs = [_Job(Infer(seen, None, i), session) for i, session in enumerate(sessions)]
+    worker = Worker(service, 2)
+    worker._run(jobs)
+    worker.close()
+    assert [job.future.result()["dsrl/source"] for job in jobs] == ["prior", "prior"]
+    assert "each is run alone" in caplog.text
+    assert all(s.guard.decisions == 1 and s.guard.fallbacks == {"exception": 1} for s in sessions)
 
 
 def parse_infer(base, seen, seed):

@@ -55,6 +55,18 @@ def test_each_ailment_is_named_with_what_to_do(columns, words):
     assert any(remedy in found[0] for remedy in ("Raise", "lower", "preflight"))
 
 
+def test_what_has_not_risen_is_told_by_the_warm_up():
+    learnt_early = {"updates": [0, 500, 900, 1300, 1700], "success": [0.4, 0.7, 0.8, 0.8, 0.8]}
+    assert not warnings(validation_success=[None, 0.84, 0.86, 0.88, 0.86], **learnt_early)
+    no_better = learnt_early | {"success": [0.84] * 5}
+    (said,) = warnings(validation_success=[None, 0.84, 0.86, 0.88, 0.86], **no_better)
+    assert "has not risen (first 0.84, best 0.88)" in said
+
+
+def test_a_promise_in_the_noise_is_no_news():
+    assert not warnings(value_gap=[0.002] * 4, **{"return": [0.0] * 4})
+
+
 def test_where_preflight_cannot_help_it_is_not_advised():
     seen = Watch(target_entropy=-0.5, episodes=10, env_steps=10_000, yardstick=YARDSTICKS["return"])
     for row in rows(validation_return=[900.0, 910.0, 905.0, 900.0, 890.0]):
@@ -79,6 +91,12 @@ def test_the_return_that_followed_each_decision():
     won = Finished.of([decision(3, 0.0, 0.9), decision(7, 0.0, 0.9), decision(9, 0.5, 0.0)])
     assert won.numbers.tolist() == [3, 7, 9] and won.returns == pytest.approx([0.405, 0.45, 0.5])
     assert Finished.of([decision(0, 0.0, 0.9)]).returns.tolist() == [0.0]
+    ran = Finished.of([decision(0, 1.0, 0.9), decision(1, 3.0, 0.9)])  # cut off: 2 a decision, for good, is worth 20
+    assert ran.returns == pytest.approx([1.0 + 0.9 * 21.0, 3.0 + 0.9 * 20.0])
+    short = Finished.of([decision(0, 2.0, 0.9), decision(1, 1.0, 0.9**0.5)])  # half a chunk, and half its reward
+    assert short.returns[0] == pytest.approx(2.0 + 0.9 * (1.0 + 0.9**0.5 * 3.0 / (0.1 + 1 - 0.9**0.5)))
+    stuck = Finished.of([decision(0, -1.0, 0.9), decision(1, -1.0, 0.9)])
+    assert stuck.returns == pytest.approx([-1.9, -1.0])
 
 
 def test_the_gap_is_promise_less_return_and_forgets_with_the_replay():

@@ -337,7 +337,7 @@ def test_faults_in_a_worker_are_counted_and_said_by_the_learner(fork_folder, tmp
     monkeypatch.setattr(Fork, "advance", ill_advance)
     train(recipe_of(fork_folder), tmp_path / "run", evaluate_after=False)
     assert last(tmp_path / "run")[1]["collector"]["faults"] == {"episode": 2}
-    assert "fault 2 of 20, skipped: episode of seed 1000007" in caplog.text
+    assert "fault 2, skipped; 20 end the run: episode of seed 1000007" in caplog.text
 
 
 def test_workers_are_ended_all_at_once():
@@ -371,7 +371,7 @@ def test_a_round_with_too_many_faults_comes_to_an_end():
     faults.add("reset", "one"), faults.add("reset", "two")
     assert faults.take() == [["reset", "one"], ["reset", "two"]]  # a new round
     faults.add("reset", "three"), faults.add("reset", "four")
-    with pytest.raises(TooManyFaultsError, match="3 x reset .train.max_faults 3.; the last: five"):
+    with pytest.raises(TooManyFaultsError, match="3 x reset; the last: five. train.max_faults is 3"):
         faults.add("reset", "five")
 
 

@@ -1,12 +1,14 @@
 """What a LeRobot checkpoint may bring along: data. Its loader would run code out of it, in two ways.
 
-It imports and calls any class that a processor file names. And some of its steps and policies load tokenizers and
-models from wherever a file says, with ``trust_remote_code=True``: transformers runs the Python files it finds there.
+It imports and calls whatever a processor file names, its own or not. And some of its steps and policies load
+tokenizers and models from wherever a file says, with ``trust_remote_code=True``: transformers runs the Python files it
+finds there.
 """
 
 from __future__ import annotations
 
 import contextlib
+import importlib
 from collections.abc import Iterator, Mapping
 from contextvars import ContextVar
 from typing import Any
@@ -20,15 +22,29 @@ def own_steps(tree: Mapping[str, Any], named: str) -> list[tuple[str, dict[str, 
     """The steps of a processor file: the key that overrides go by, and the configuration.
 
     Raises:
-        DsrlError: one that is not LeRobot's own; says so of `named`.
+        DsrlError: one that is no processor step of LeRobot's own; says so of `named`.
     """
     found = []
     for step in tree["steps"]:
         key = step.get("registry_name") or step.get("class", "")
-        if not step.get("registry_name") and not key.startswith("lerobot."):
+        if not step.get("registry_name") and not _is_own(key):
             raise bad(named, "processor steps that are LeRobot's own", f"'{key}'", "It is not loaded.")
         found.append((key.rpartition(".")[2], step.get("config", {})))
     return found
+
+
+def _is_own(key: str) -> bool:
+    """Whether LeRobot, which would call anything of this name, finds a step of its own there."""
+    module, _, name = key.rpartition(".")
+    if not module.startswith("lerobot."):
+        return False
+    from lerobot.processor import ProcessorStep
+
+    try:
+        found = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError):
+        return False
+    return isinstance(found, type) and issubclass(found, ProcessorStep) and found.__module__.startswith("lerobot.")
 
 
 @contextlib.contextmanager

@@ -50,11 +50,13 @@ def init_recipe(argv: list[str]) -> int:
     from ..errors import DsrlError, bad
     from ..first_recipe import first_recipe
     from ..recipe import load_recipe
-    from ..run_dir import write_text
+    from ..run_dir import make_folder, write_text
 
     if args.out.suffix != ".yaml" or args.out.exists():
         raise bad(f"{args.out}", "a new file that ends in .yaml", "one that exists" if args.out.exists() else args.out)
-    write_text(args.out, first_recipe(args.preflight, args.out.stem))
+    text = first_recipe(args.preflight, args.out.stem)
+    make_folder(args.out.parent)
+    write_text(args.out, text)
     try:
         load_recipe(args.out)
     except DsrlError:  # a second try is to start anew

@@ -56,7 +56,8 @@ class SearchArgs:
     eval_episodes: int = 100
     """Held-out episodes of the evaluation."""
     out: Path | None = None
-    """Directory for ticket.json and eval.json; by default runs/<recipe>-ticket."""
+    """Directory for ticket.json, eval.json and, in best/, a head that always chooses the ticket, which the other
+    commands take as they take a run's; by default runs/<recipe>-ticket."""
 
 
 @dataclass(frozen=True)
@@ -158,7 +159,7 @@ def run_search(argv: list[str]) -> int:
     from ..evaluation import check_scenes
     from ..noise_search import SearchConfig, evaluate_ticket, search_ticket
     from ..rollout import VectorTask
-    from ..run_dir import write_json
+    from ..run_dir import write_json, write_text
 
     config = SearchConfig(args.candidates, args.episodes, args.seed)
     tasks = len(recipe.task.uris)
@@ -167,21 +168,26 @@ def run_search(argv: list[str]) -> int:
         raise bad("search --eval-episodes", "1 or more", args.eval_episodes)
     out = _new(args.out or Path("runs") / f"{recipe.name}-ticket")
     base = recipe.base.load()
+    facts = {"recipe": recipe.name, "train_seed": args.seed}
     layout = recipe.noise.over(base.spec.noise)
     with (
         tqdm(total=config.total_episodes * tasks, unit="episode", desc="search", disable=None) as bar,
         VectorTask(replace(recipe.task, num_envs=envs), base.spec.executed_steps) as task,
     ):
+        for info in task.infos:
+            base.check_task(info)
         check_scenes(task.infos, args.eval_episodes)
         ticket = search_ticket(base, task, layout, config, lambda _: bar.update())
     ticket.save(out / "ticket.json")
+    ticket.head(base, layout).save_pretrained(out / "best")
+    write_text(out / "recipe.yaml", recipe.to_yaml())
     with (
         tqdm(total=2 * args.eval_episodes * tasks, unit="episode", desc="evaluation", disable=None) as bar,
         VectorTask(recipe.task, base.spec.executed_steps) as task,
     ):
         result = evaluate_ticket(base, task, layout, ticket, args.eval_episodes, lambda _: bar.update())
-    write_json(out / "eval.json", result)
-    own, best = result["base"], result["ticket"]
+    write_json(out / "eval.json", result | facts | {"env_steps": ticket.env_steps})
+    own, best = result["base"], result["steered"]
     print(
         f"{result['task']}: base {' '.join(shown(own))}, best constant noise {shown(best)[0]} "
         f"{best['ci95']} over {result['episodes']} held-out episodes, found in {ticket.env_steps} steps"

@@ -5,6 +5,7 @@ They stand behind base, head and person alike. They are no certificate of safety
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -28,6 +29,13 @@ class GuardsConfig:
     rest: dict = field(default_factory=dict)
     """name -> the command that means standing still: for velocities, measured or not, and for whatever the robot does
     not measure. A measured position has none: it stands still where it is."""
+    hold_after_s: float = 1.0
+    """Seconds without a command after which what has a `rest` is told to rest, until the next: a velocity stays in
+    force while the base is thinking."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.hold_after_s < math.inf:
+            raise bad("guards.hold_after_s", "seconds, above 0 and finite", self.hold_after_s)
 
 
 _VELOCITY, _POSITION = ".vel", ".pos"  # as LeRobot's robots name them

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import threading
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,6 +14,7 @@ from ..errors import bad
 from ..interrupts import undisturbed
 from ..observation import IMAGE_PREFIX, STATE
 from .guards import Guards, GuardsConfig
+from .standstill import Standstill
 
 log = logging.getLogger(__name__)
 
@@ -57,9 +59,17 @@ class Rig:
             fix = "A device for its buttons alone goes under events:."
             raise bad("teleop", f"the robot's actions ({', '.join(self.actions)})", theirs or "none", fix)
         self.clipped = self.sent = 0
-        self._last = self.guards.still(np.full(len(self.actions), np.nan))
+        self.moved()
         self.seen: dict[str, Any] = {}
+        self._one_at_a_time = threading.RLock()  # drivers are not made for two threads
+        self._standstill: Standstill | None = None
         self._connect()
+        if not np.isnan(self.guards.rest).all() and not dry_run:
+            self._standstill = Standstill(guards.hold_after_s, self._let_go)
+
+    def moved(self) -> None:
+        """Somebody else moves the robot, a reset or a person: where it was last told to go is not where it is."""
+        self._last = self.guards.still(np.full(len(self.actions), np.nan))
 
     def _connect(self) -> None:
         """Connect what is not connected yet; where that fails, nothing is left connected."""
@@ -76,7 +86,8 @@ class Rig:
 
     def observe(self) -> dict[str, np.ndarray]:
         """Read the robot: ``observation.state`` float32 (S,) and its cameras, uint8 (H, W, 3)."""
-        self.seen = self.robot.get_observation()
+        with self._one_at_a_time:
+            self.seen = self.robot.get_observation()
         found = {IMAGE_PREFIX + mine: np.asarray(self.seen[theirs]) for theirs, mine in self.cameras.items()}
         return found | {STATE: np.array([self.seen[name] for name in self.state], dtype=np.float32)}
 
@@ -110,17 +121,32 @@ class Rig:
         target = self.guards.still(self.present())
         self._check_known(target)
         self._send(target)
+        self._rest()
+
+    def _rest(self) -> None:
+        if self._standstill is not None:
+            self._standstill.resting()
+
+    def _let_go(self) -> None:
+        """Nobody has sent anything for too long: what has a rest is to rest; places stay those last told."""
+        with self._one_at_a_time:
+            target = self.guards.still(self._last)
+            self._check_known(target)
+            self._send(target)
+            self._rest()
 
     def _hold_here(self) -> None:
         """Stand still where the robot is now: since it was last seen, a reset or a person may have moved it.
 
-        Where it cannot be seen, only what needs no place is commanded; a place would be an old one.
+        Where it cannot be seen, only what has a rest is commanded: places are those last told, if nobody has moved it
+        since.
         """
         try:
             self.observe()
         except Exception:
-            if self.guards.measured.any():
-                raise
+            if not np.isnan(self.guards.rest).all():
+                self._let_go()
+            raise
         self.hold()
 
     def _check_known(self, place: np.ndarray) -> None:
@@ -131,9 +157,12 @@ class Rig:
 
     def _send(self, action: np.ndarray) -> np.ndarray:
         command = {name: float(value) for name, value in zip(self.actions, action, strict=True)}
-        done = command if self.dry_run else (self.robot.send_action(command) or command)
-        self._last = np.array([done.get(name, command[name]) for name in self.actions])
-        return self._last.astype(np.float32)
+        with self._one_at_a_time:
+            done = command if self.dry_run else (self.robot.send_action(command) or command)
+            self._last = np.array([done.get(name, command[name]) for name in self.actions])
+            if self._standstill is not None:
+                self._standstill.moving()
+            return self._last.astype(np.float32)
 
     def persons_action(self) -> np.ndarray:
         """What the person at the teleoperator wants, (A,)."""
@@ -143,6 +172,8 @@ class Rig:
     def close(self) -> None:
         """Stand still and disconnect; what fails in it is logged, for the robot may be why we stop. Nobody who presses
         Ctrl-C once more keeps it from being tried."""
+        if self._standstill is not None:
+            self._standstill.close()
         with undisturbed("the robot is being stopped"):
             for what in (self._hold_here, self.robot.disconnect, *([self.teleop.disconnect] if self.teleop else [])):
                 try:

@@ -64,6 +64,7 @@ class RobotTask(LiveTask):
 
     def begin(self, seed: int) -> None:
         self.pacer.idle()
+        self.rig.moved()
         if self._reset is not None:
             self._reset(self.rig.robot, seed)
         self.operator.ready(f"{self.info.prompt}: make the scene ready.")

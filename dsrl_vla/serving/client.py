@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import contextlib
+import logging
 import ssl
 import threading
 import time
@@ -25,6 +26,7 @@ from ..errors import DsrlError, NotSteerableError, bad
 from . import protocol as p
 from .wire import MAX_BYTES, WireError, pack, unpack
 
+log = logging.getLogger(__name__)
 _BACKOFF, _BACKOFF_CAP = 0.05, 2.0
 _LONGEST_S = 86_400.0
 _FINAL = (400, 401, 403, 404)
@@ -191,6 +193,9 @@ class Client:
                 self._connection, self._trouble = connection, Client._trouble
                 self.connections += 1
                 return connection
+            if wait == _BACKOFF:
+                words = "%s: nobody answers yet (%s); it is tried again, for %g s in all (deadline)"
+                log.warning(words, self.config.uri, self._trouble, self.config.deadline_s)
             await asyncio.sleep(wait)
             wait = min(2 * wait, _BACKOFF_CAP)
 

@@ -34,6 +34,8 @@ if TYPE_CHECKING:
     from ..policy import PolicySpec
 
 PROTOCOL = 1
+MAX_SAMPLES = 256
+"""In one request: rows to encode; noises of a row; and all noises to denoise."""
 META = "dsrl"
 OP, NOISE, SEED, SAMPLES, STEER = "dsrl/op", "dsrl/noise", "dsrl/seed", "dsrl/num_samples", "dsrl/steer"
 DETERMINISTIC, RETURN, HANDLE, RELEASE = "dsrl/deterministic", "dsrl/return", "dsrl/handle", "dsrl/release"

@@ -21,8 +21,6 @@ from . import protocol as p
 from .keys import KeyMap
 from .wire import WireError
 
-MAX_SAMPLES = 256
-"""Greatest K of one request, and greatest product of batch and K."""
 OPERATIONS = ("infer", "feature", "encode", "denoise", "sha256", "status")
 _RETURNS = ("feature", "noise")
 
@@ -120,6 +118,8 @@ class Reader:
         if operation == "encode":
             observations = {key: value for key, value in message.items() if not key.startswith("dsrl/")}
             batch = _check(self.spec.observation, observations)
+            if batch > p.MAX_SAMPLES:
+                raise bad("observation", f"at most {p.MAX_SAMPLES} rows in one request", batch)
             return Encode({k: v if k == PROMPT else np.array(v) for k, v in observations.items()}, batch)
         observations = self._single(message)
         return Feature(observations) if operation == "feature" else _infer(message, self.spec, observations)
@@ -157,7 +157,7 @@ def _open_envelope(message: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _infer(message: Mapping[str, Any], spec: PolicySpec, observations: Observations) -> Infer:
-    samples = _integer(message, p.SAMPLES, 1, 1, MAX_SAMPLES)
+    samples = _integer(message, p.SAMPLES, 1, 1, p.MAX_SAMPLES)
     noise = _noise(message[p.NOISE], spec) if p.NOISE in message else None
     if noise is not None:
         if p.SAMPLES in message and samples != noise.shape[1]:
@@ -186,8 +186,8 @@ def _denoise(message: Mapping[str, Any], spec: PolicySpec) -> Denoise:
     noise = message.get(p.NOISE)
     if not isinstance(noise, np.ndarray) or noise.ndim != 4:
         raise bad(p.NOISE, "an array (B, K, H, D)", getattr(noise, "shape", type(noise).__name__))
-    if noise.shape[0] * noise.shape[1] > MAX_SAMPLES:
-        raise bad(p.NOISE, f"at most {MAX_SAMPLES} noises in one request", noise.shape[0] * noise.shape[1])
+    if noise.shape[0] * noise.shape[1] > p.MAX_SAMPLES:
+        raise bad(p.NOISE, f"at most {p.MAX_SAMPLES} noises in one request", noise.shape[0] * noise.shape[1])
     return Denoise(handle, _tensor(noise, spec, noise.shape[0]))
 
 
@@ -202,8 +202,8 @@ def _noise(value: Any, spec: PolicySpec) -> torch.Tensor:
         noise = np.repeat(noise, horizon, 0)
     if noise.ndim == 2:
         noise = noise[None]
-    if noise.ndim != 3 or noise.shape[1:] != (horizon, dim) or not 1 <= noise.shape[0] <= MAX_SAMPLES:
-        expected = f"shape ({horizon}, {dim}), (1, {dim}) or (K, {horizon}, {dim}) with K up to {MAX_SAMPLES}"
+    if noise.ndim != 3 or noise.shape[1:] != (horizon, dim) or not 1 <= noise.shape[0] <= p.MAX_SAMPLES:
+        expected = f"shape ({horizon}, {dim}), (1, {dim}) or (K, {horizon}, {dim}) with K up to {p.MAX_SAMPLES}"
         raise bad(p.NOISE, expected, np.shape(value))
     return _tensor(noise[None], spec, 1)
 

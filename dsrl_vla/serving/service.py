@@ -19,7 +19,7 @@ from ..errors import DsrlError, bad
 from ..failsafe import FailSafe, Guard, finite
 from ..head import SteeringHead
 from ..noise import generators
-from ..observation import IMAGE_PREFIX, PROMPT, STATE, Observations, ObservationSpec
+from ..observation import IMAGE_PREFIX, PROMPT, Observations, ObservationSpec
 from ..policy import Encoding, FrozenPolicy
 from ..steered_policy import NOT_FINITE, SteeredPolicy
 from . import protocol as p
@@ -121,7 +121,7 @@ class Service:
 
     def warm_up(self, sizes: Sequence[int] = (1,)) -> None:
         """Run every path at these batch sizes, so that no client waits for compilation."""
-        request = Infer(_dummy(self.seen, 1), None, seed=0, wants=frozenset({"feature", "noise"}))
+        request = Infer(self.seen.blank(), None, seed=0, wants=frozenset({"feature", "noise"}))
         made_up = FailSafe(max_z=math.inf)  # nothing is foreign
         session = Session(Handles(1), Guard(self.policy.head, self.base.spec.noise, made_up) if self.policy else None)
         for one in [*([request] * size for size in sizes), [replace(request, steer=False)]]:
@@ -174,14 +174,15 @@ class Service:
         actions = self._sample(encoding, torch.cat([noise.values for noise in noises]))
         broken = ~finite(actions)
         turned = [i for i, noise in enumerate(noises) if broken[i] and noise.asked]
-        if not turned:
-            return actions
         for i in turned:
-            guard, asked = sessions[i].guard, noises[i].asked
-            assert guard is not None
-            guard.recount([not why for why in asked], NOT_FINITE)
-            noises[i] = _Noise(self._prior(requests[i]), "prior", NOT_FINITE)
-        return self._sample(encoding, torch.cat([noise.values for noise in noises]))
+            asked = [why or NOT_FINITE for why in noises[i].asked]
+            noises[i] = _Noise(self._prior(requests[i]), "prior", NOT_FINITE, asked)
+        if turned:
+            actions = self._sample(encoding, torch.cat([noise.values for noise in noises]))
+        for session, noise in zip(sessions, noises, strict=True):
+            if session.guard is not None:
+                session.guard.book(noise.asked)
+        return actions
 
     def _prior(self, request: Infer) -> torch.Tensor:
         return self.base.spec.noise.sample(generators([request.seed]), request.samples)
@@ -265,12 +266,3 @@ def _row(encoding: Encoding, row: int) -> Encoding:
 
 def _numpy(feature: torch.Tensor | None) -> np.ndarray | None:
     return None if feature is None else feature.float().cpu().numpy()
-
-
-def _dummy(spec: ObservationSpec, batch: int) -> Observations:
-    made: Observations = {STATE: np.zeros((batch, spec.state_dim), np.float32)}
-    for name, shape in spec.cameras.items():
-        made[IMAGE_PREFIX + name] = np.zeros((batch, *(shape or (224, 224, 3))), np.uint8)
-    if spec.prompt:
-        made[PROMPT] = ["warm up"] * batch
-    return made

@@ -8,6 +8,7 @@ optimisers and generator, so all take the same step, which is the one that a lon
 from __future__ import annotations
 
 import atexit
+import importlib
 import os
 import signal
 import threading
@@ -56,6 +57,8 @@ class LaunchedTeam(Team):
     """The processes of `accelerate launch`, or of torchrun."""
 
     def __init__(self) -> None:
+        # Functions in it have the group there is at their import for a default, which would hold it beyond its end.
+        importlib.import_module("torch.distributed.nn.functional")
         from accelerate import PartialState
 
         state = PartialState(cpu=True, timeout=_PATIENCE)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -14,7 +15,14 @@ from dsrl_vla.errors import DsrlError
 from dsrl_vla.run_dir import load_checkpoint
 
 CHILD = """
-import sys
+import atexit, sys
+from pathlib import Path
+
+@atexit.register  # first, so that it is called last
+def threads_left():
+    tasks = Path("/proc/self/task")  # of Linux
+    print("gloo's threads:", sum("gloo" in task.joinpath("comm").read_text() for task in tasks.glob("*")), flush=True)
+
 from dsrl_vla import load_recipe, train
 
 if __name__ == "__main__":
@@ -90,7 +98,8 @@ def test_two_processes_do_what_one_does(written, tmp_path, algorithm, more):
             torch.testing.assert_close(others[name], tensor, rtol=1e-4, atol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
     for name in ("follower", "leader"):
         assert (tmp_path / f"two-{name}" / "head.safetensors").exists()
-    print(done.stderr)
+    left = re.findall(r"gloo's threads: (\d+)", done.stdout)
+    assert len(left) >= 2 and set(left) == {"0"}, "they want the interpreter when it is gone, and abort"
 
 
 def test_the_command_line_is_launched_too_and_ends_well(written, tmp_path):

@@ -90,7 +90,8 @@ def check_episode(
     for key in ("action", "reward", STATE):
         if not np.isfinite(episode[key]).all():
             raise bad(f"offline episode {number}: {key}", "finite numbers", "NaN or infinity")
-    for worst in (np.min(episode["reward"]), np.max(episode["reward"])):
+    least = min(episode["reward"][:-1], default=rewards[0])  # the last may say what failing costs
+    for worst in (least, max(episode["reward"])):
         if not rewards[0] - 1e-6 <= worst <= rewards[1] + 1e-6:  # else its values would be cut to the task's, unsaid
             fix = "offline.relabel (sparse_success, say) gives rewards like the task's."
             raise bad(f"offline episode {number}: reward", f"within the task's {list(rewards)}", float(worst), fix)

@@ -177,6 +177,10 @@ def example(task: VectorTask) -> dict[str, Any]:
 
 def _prepare(recipe: Recipe, out: Path, resume: bool) -> None:
     path = out / "recipe.yaml"
+    if (out / "best").exists() and not (out / "metrics.jsonl").exists():
+        raise bad(
+            f"{out}", "a new directory, or a run's", "one that a search left its ticket in", "Choose another --out."
+        )
     there = [name for name in _PROGRESS if (out / name).exists()]
     if there and not resume:
         fix = "Choose another --out" + (", or go on with --resume." if path.exists() else ".")

@@ -100,6 +100,9 @@ def test_the_command_leaves_ticket_and_evaluation(fork_recipe, tmp_path, capsys)
     head = SteeringHead.from_pretrained(out / "best")
     chosen = head.latent({"state": torch.randn(3, 4), "feature": torch.randn(3, head.config.feature_dim)}, None)
     assert torch.allclose(chosen, torch.tensor(ticket.latent).expand_as(chosen), atol=1e-5)
+    for more in ([], ["--resume"]):
+        assert main(["train", str(fork_recipe), "--out", str(out), "--noise.bound", "1.0", *more]) == 2
+        assert "one that a search left its ticket in" in capsys.readouterr().err
     before = json.loads((out / "eval.json").read_text())
     assert main(["eval", str(out), "--episodes", "5"]) == 0
     after = json.loads((out / "eval.json").read_text())

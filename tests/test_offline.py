@@ -154,6 +154,8 @@ def test_rewards_beyond_the_tasks_are_refused(fork_base, head, episodes):
     words = r"offline episode \d+: reward: expected within the task's \[-1.0, 0.0\], got 1.0. offline.relabel"
     with pytest.raises(DsrlError, match=words):
         make((-1.0, 0.0)).fill(Replay(2000, head.layout.latent_shape), ones)
+    failed = episodes[0] | {"reward": np.append(episodes[0]["reward"][:-1], -98.0), "terminated": True}
+    make((-1.0, 0.0)).fill(Replay(2000, head.layout.latent_shape), [failed])  # as a robot's operator has it
 
 
 def test_sac_refuses_data_without_noise_and_na_exact_takes_it(fork_base, head, episodes):

@@ -219,6 +219,17 @@ class Wheels(Arm):
         self.at = {"x.pos": 0.0, "theta.vel": 0.0}
 
 
+class Gripper(Arm):
+    """A base on wheels with a gripper; neither is measured."""
+
+    observation_features = {"front": (4, 6, 3)}
+    action_features = {"x.vel": float, "gripper": float}
+
+    def __init__(self):
+        super().__init__()
+        self.at = {}
+
+
 def test_a_speed_that_is_measured_is_stopped_and_not_kept():
     wheels, guards = Wheels(), arm_guards(limits={"*": [-20, 20]}, rest={"*.vel": 0.0})
     rig = Rig(wheels, guards)
@@ -263,13 +274,42 @@ def test_wheels_stop_while_nobody_says_anything(caplog):
             sleep(0.01)
     assert wheels.commands == [{"x.pos": 1.0, "theta.vel": 0.5}, {"x.pos": 1.0, "theta.vel": 0.0}] * 2
     assert caplog.text.count("no command for 0.05 s") == 2
-    wheels.commands.clear()
+    fails, real = [1, 1], wheels.send_action
+
+    def send(action):
+        if action["theta.vel"] == 0.0 and fails:
+            raise OSError(f"no answer {fails.pop()}")
+        return real(action)
+
+    wheels.send_action = send
     rig.send(np.array([1.0, 0.5]))
-    rig.hold()
+    for _ in range(1000):
+        if wheels.commands[-1]["theta.vel"] == 0.0:  # it is tried until it is heard
+            break
+        sleep(0.01)
     rig.close()
-    assert [each["theta.vel"] for each in wheels.commands] == [0.5, 0.0, 0.0]
+    assert not fails and wheels.commands[-1]["theta.vel"] == 0.0
     with pytest.raises(DsrlError, match=r"guards.hold_after_s: expected seconds, above 0 and finite, got 0"):
         arm_guards(hold_after_s=0)
+
+
+def test_a_command_in_time_is_not_cancelled_and_one_to_a_robot_at_rest_is_not_sent():
+    wheels, guards = Wheels(), arm_guards(limits={"*": [-20, 20]}, rest={"*.vel": 0.0}, hold_after_s=60)
+    rig = Rig(wheels, guards)
+    rig.observe()
+    rig.send(np.array([1.0, 0.5]))
+    assert rig._standstill._due is not None
+    rig.hold()
+    assert rig._standstill._due is None
+    rig.close()
+    assert [each["theta.vel"] for each in wheels.commands] == [0.5, 0.0, 0.0]
+    grip = {"*": 0.0}  # what is not measured has a rest, too; but it may hold something
+    rig = Rig(Gripper(), arm_guards(limits={"*": [-20, 20]}, rest=grip, hold_after_s=60))
+    rig.observe()
+    rig.send(np.array([0.5, 1.0]))
+    rig._let_go()
+    rig.close()
+    assert rig.robot.commands[1] == {"x.vel": 0.0, "gripper": 1.0}
 
 
 @pytest.mark.usefixtures("at_a_terminal")

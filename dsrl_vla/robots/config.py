@@ -65,6 +65,10 @@ class RobotFile:
     def __post_init__(self) -> None:
         if len(self.reward_range) != 2 or not self.reward_range[0] < self.reward_range[1]:
             raise bad("reward_range", "[least, greatest]", list(self.reward_range))
+        if self.fps > 0 and self.guards.hold_after_s <= 1 / self.fps:
+            raise bad(
+                "guards.hold_after_s", f"more than a control period, {1 / self.fps:g} s", self.guards.hold_after_s
+            )
         if self.operator not in OPERATORS and ":" not in self.operator:
             raise bad("operator", f"{', '.join(OPERATORS)} or package.module:function", f"'{self.operator}'")
 

@@ -30,8 +30,8 @@ class GuardsConfig:
     """name -> the command that means standing still: for velocities, measured or not, and for whatever the robot does
     not measure. A measured position has none: it stands still where it is."""
     hold_after_s: float = 1.0
-    """Seconds without a command after which what has a `rest` is told to rest, until the next: a velocity stays in
-    force while the base is thinking."""
+    """Seconds without a command after which velocities (``*.vel``) are told to rest: they would otherwise stay in
+    force while the base is thinking. Not while the robot is being read: its driver is not for two at a time."""
 
     def __post_init__(self) -> None:
         if not 0 < self.hold_after_s < math.inf:
@@ -64,6 +64,7 @@ class Guards:
     def __init__(self, config: GuardsConfig, names: Sequence[str], measured: Sequence[str]):
         self.names = list(names)
         self.measured = np.array([name in measured for name in names], dtype=bool)
+        self.velocity = np.array([name.endswith(_VELOCITY) for name in names], dtype=bool)
         self.low, self.high, self.most, self.rest = np.zeros((4, len(names)))
         for i, name in enumerate(names):
             pair = _find(config.limits, name)

@@ -64,8 +64,8 @@ class Rig:
         self._one_at_a_time = threading.RLock()  # drivers are not made for two threads
         self._standstill: Standstill | None = None
         self._connect()
-        if not np.isnan(self.guards.rest).all() and not dry_run:
-            self._standstill = Standstill(guards.hold_after_s, self._let_go)
+        if self.guards.velocity.any() and not dry_run:
+            self._standstill = Standstill(guards.hold_after_s, self._let_go, self._one_at_a_time)
 
     def moved(self) -> None:
         """Somebody else moves the robot, a reset or a person: where it was last told to go is not where it is."""
@@ -128,23 +128,22 @@ class Rig:
             self._standstill.resting()
 
     def _let_go(self) -> None:
-        """Nobody has sent anything for too long: what has a rest is to rest; places stay those last told."""
-        with self._one_at_a_time:
-            target = self.guards.still(self._last)
-            self._check_known(target)
-            self._send(target)
-            self._rest()
+        """Velocities are to rest; whatever else there is stays as last told."""
+        target = np.where(self.guards.velocity, self.guards.rest, self._last)
+        self._check_known(target)
+        self._send(target)
+        self._rest()
 
     def _hold_here(self) -> None:
         """Stand still where the robot is now: since it was last seen, a reset or a person may have moved it.
 
-        Where it cannot be seen, only what has a rest is commanded: places are those last told, if nobody has moved it
-        since.
+        Where it cannot be seen, velocities are to rest all the same; places are those last told, unless it has been
+        moved since.
         """
         try:
             self.observe()
         except Exception:
-            if not np.isnan(self.guards.rest).all():
+            if self.guards.velocity.any():
                 self._let_go()
             raise
         self.hold()
@@ -172,10 +171,10 @@ class Rig:
     def close(self) -> None:
         """Stand still and disconnect; what fails in it is logged, for the robot may be why we stop. Nobody who presses
         Ctrl-C once more keeps it from being tried."""
-        if self._standstill is not None:
-            self._standstill.close()
+        watch = [self._standstill.close] if self._standstill is not None else []
+        teleop = [self.teleop.disconnect] if self.teleop else []
         with undisturbed("the robot is being stopped"):
-            for what in (self._hold_here, self.robot.disconnect, *([self.teleop.disconnect] if self.teleop else [])):
+            for what in (*watch, self._hold_here, self.robot.disconnect, *teleop):
                 try:
                     what()
                 except (Exception, KeyboardInterrupt) as error:

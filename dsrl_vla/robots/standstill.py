@@ -13,23 +13,25 @@ log = logging.getLogger(__name__)
 class Standstill:
     """Calls `stop`, from a thread of its own, once nobody has called `moving` for so many seconds.
 
-    `stop` is called again only after the next `moving`. What it raises is logged.
+    `stop` is called again only after the next `moving`, or if it fails, which is logged.
+
+    Args:
+        lock: held by whoever commands the robot, and while `stop` is called: so that no fresh command is cancelled.
     """
 
-    def __init__(self, seconds: float, stop: Callable[[], None]):
+    def __init__(self, seconds: float, stop: Callable[[], None], lock: threading.RLock):
         self.seconds, self.stop = seconds, stop
         self._due: float | None = None
         self._closed = False
-        self._changed = threading.Condition()
+        self._changed = threading.Condition(lock)
         threading.Thread(target=self._watch, name="standstill", daemon=True).start()
 
     def moving(self) -> None:
         """A command has been sent; the next is expected in time."""
         with self._changed:
-            waits = self._due is None
-            self._due = time.monotonic() + self.seconds
-            if waits:
+            if self._due is None:
                 self._changed.notify()
+            self._due = time.monotonic() + self.seconds
 
     def resting(self) -> None:
         """The robot stands still: nothing is expected."""
@@ -37,26 +39,22 @@ class Standstill:
             self._due = None
 
     def close(self) -> None:
-        """End the thread."""
+        """End the thread: `stop` is not called any more."""
         with self._changed:
             self._closed = True
             self._changed.notify()
 
-    def _overdue(self) -> bool:
-        """Wait until `stop` is to be called; False once closed."""
+    def _watch(self) -> None:
         with self._changed:
             while not self._closed:
                 left = None if self._due is None else self._due - time.monotonic()
-                if left is not None and left <= 0:
+                if left is None or left > 0:
+                    self._changed.wait(left)
+                    continue
+                log.warning("no command for %g s: the robot is told to stand still until the next", self.seconds)
+                try:
+                    self.stop()
                     self._due = None
-                    return True
-                self._changed.wait(left)
-        return False
-
-    def _watch(self) -> None:
-        while self._overdue():
-            log.warning("no command for %g s: the robot is told to stand still until the next", self.seconds)
-            try:
-                self.stop()
-            except Exception:
-                log.exception("the robot could not be told to stand still")
+                except Exception:
+                    log.exception("the robot could not be told to stand still; it is tried again")
+                    self._due = time.monotonic() + self.seconds

@@ -124,7 +124,7 @@ def test_options_may_stand_before_the_recipe(capsys):
         (["train", "demo", "3"], "unexpected argument '3'"),
         (["train", "nano-metaworld-5"], "got one that makes a base. Use: dsrl-vla pretrain."),
         (["pretrain", "demo", "--out", "x"], "got one to steer by. Use: dsrl-vla train."),
-        (["train", "demo", "--train.env_steps", "10"], "train.env_steps: expected more than the 300 decisions"),
+        (["train", "demo", "--train.env_steps", "10"], "train.env_steps: expected more than the 320 decisions"),
         (["train", "demo", "--offline.source", "x.npz"], "offline.source: expected algorithm na or na-exact"),
         (["train", "demo", "--head.network.heads", "0"], "network.heads: expected 1 or more, got 0"),
         (["train", "demo", "--head.image_size", "8"], "head.image_size: expected 15 or more, got 8"),

@@ -52,7 +52,7 @@ def test_value_bounds_are_what_the_reward_adds_up_to():
         ("reward_scale", math.inf, "a finite number"),
         ("reward_offset", math.nan, "a finite number"),
         ("target_entropy", -math.inf, "a finite number"),
-        ("target_entropy", 0.7, r"below ln 2 = 0\.693"),
+        ("target_entropy", 0.7, r"a finite number below ln 2 = 0\.693"),
         ("actor_lr", math.inf, "a finite number"),
         ("actor_lr", math.nan, "above 0"),
         ("jitter", math.nan, "a finite number, 0 or more"),

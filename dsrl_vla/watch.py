@@ -94,7 +94,7 @@ class Watch:
         self.target_entropy, self.episodes, self.env_steps = target_entropy, episodes, env_steps
         self.best, self.most = -math.inf, 0.0
         self.first: float | None = None
-        """What there was before learning: the success of the warm-up, or else the first validation."""
+        """What there was to begin with: the success of the warm-up or the first validation, whichever is less."""
         self.seen = 0
         """Validations."""
         self.active: set[str] = set()
@@ -108,8 +108,9 @@ class Watch:
             self.first = row[self.yardstick.name]
         if (found := row.get(f"validation_{self.yardstick.name}")) is not None:
             self.best, self.seen = max(self.best, found), self.seen + 1
-            self.first = found if self.first is None else self.first
-            said |= {"drop": self._drop(found), "stuck": self._stuck(row["env_steps"], self.first)}
+            if self.seen == 1:  # short episodes end first: what has been finished of a warm-up is the better part
+                self.first = min(found, found if self.first is None else self.first)
+            said |= {"drop": self._drop(found), "stuck": self._stuck(row["env_steps"], self.first or 0.0)}
         ailing = {name: words for name, words in said.items() if words}
         ailing |= dict.fromkeys(self.active - set(said), "")  # not looked at: neither news nor over
         new = [f"at {row['env_steps']} steps: {ailing[name]}" for name in ailing if name not in self.active]

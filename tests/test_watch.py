@@ -58,6 +58,7 @@ def test_each_ailment_is_named_with_what_to_do(columns, words):
 def test_what_has_not_risen_is_told_by_the_warm_up():
     learnt_early = {"updates": [0, 500, 900, 1300, 1700], "success": [0.4, 0.7, 0.8, 0.8, 0.8]}
     assert not warnings(validation_success=[None, 0.84, 0.86, 0.88, 0.86], **learnt_early)
+    assert not warnings(validation_success=[None, 0.5, 0.7, 0.8, 0.78], **learnt_early | {"success": [0.75] * 5})
     no_better = learnt_early | {"success": [0.84] * 5}
     (said,) = warnings(validation_success=[None, 0.84, 0.86, 0.88, 0.86], **no_better)
     assert "has not risen (first 0.84, best 0.88)" in said

@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 import subprocess
 import sys
 
@@ -15,13 +14,16 @@ from dsrl_vla.errors import DsrlError
 from dsrl_vla.run_dir import load_checkpoint
 
 CHILD = """
-import atexit, sys
+import atexit, os, sys
 from pathlib import Path
 
-@atexit.register  # first, so that it is called last
-def threads_left():
+def count_threads():
     tasks = Path("/proc/self/task")  # of Linux
-    print("gloo's threads:", sum("gloo" in task.joinpath("comm").read_text() for task in tasks.glob("*")), flush=True)
+    left = sum("gloo" in task.joinpath("comm").read_text() for task in tasks.glob("*"))
+    Path(sys.argv[2]).with_name("gloo-" + os.environ["RANK"]).write_text(str(left))
+
+if __name__ == "__main__":
+    atexit.register(count_threads)  # first, so that it is called last
 
 from dsrl_vla import load_recipe, train
 
@@ -98,8 +100,8 @@ def test_two_processes_do_what_one_does(written, tmp_path, algorithm, more):
             torch.testing.assert_close(others[name], tensor, rtol=1e-4, atol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
     for name in ("follower", "leader"):
         assert (tmp_path / f"two-{name}" / "head.safetensors").exists()
-    left = re.findall(r"gloo's threads: (\d+)", done.stdout)
-    assert len(left) >= 2 and set(left) == {"0"}, "they want the interpreter when it is gone, and abort"
+    left = [(tmp_path / f"gloo-{rank}").read_text() for rank in (0, 1)]
+    assert left == ["0", "0"], "gloo's threads want the interpreter when it is gone, and abort"
 
 
 def test_the_command_line_is_launched_too_and_ends_well(written, tmp_path):

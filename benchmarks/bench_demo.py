@@ -114,10 +114,9 @@ def main() -> int:
         for event in ("reached", "ended")
         for clock in ("cpu", "wall")
     }
-    parts = lambda name: runs[name][0]["spent"]
-    mean = lambda name, part: round(float(np.mean([r["spent"].get(part, 0.0) for r in runs[name]])), 1)
-    spent = {name: {part: mean(name, part) for part in parts(name)} for name in runs}
-    steps = {name: [r["reached"]["env_steps"] for r in found_runs] for name, found_runs in runs.items()}
+    mean = lambda own, part: round(float(np.mean([r["spent"].get(part, 0.0) for r in own])), 1)
+    spent = {name: {part: mean(own, part) for part in own[0]["spent"]} for name, own in runs.items()}
+    steps = {name: [r["reached"]["env_steps"] for r in own] for name, own in runs.items()}
     goal = Goal("the demo's time to 0.95, of what it was", found["reached, cpu s"]["ratio"], 0.5, at_least=False)
     return finish(
         "demo_time",

@@ -25,20 +25,17 @@ class TooManyFaultsError(DsrlError):
     """A run met more that is not finite than it is told to skip."""
 
 
-def mending(limit: int) -> str:
-    """What to do about a training run that met `limit` faults."""
-    return (
-        f"train.max_faults is {limit}. The newest checkpoint, where there is one, is from before and sound: mend the "
-        "cause and go on with --resume."
-    )
-
-
 class Faults:
-    """Counts faults by kind. `remedy`: what to do once there are too many."""
+    """Counts faults by kind."""
 
-    def __init__(self, limit: int = 20, remedy: str = ""):
-        self.limit, self.remedy = limit, remedy
+    def __init__(self, limit: int = 20):
+        self.limit = limit
         self.counts: Counter[str] = Counter()
+
+    @property
+    def remedy(self) -> str:
+        """What to do once there are too many."""
+        return ""
 
     def add(self, kind: str, words: str) -> None:
         """Book a fault.
@@ -63,6 +60,17 @@ class Faults:
                 f"expected finite losses, rewards, observations and actions, got {found}; the last: {words}."
                 + (f" {self.remedy}" if self.remedy else "")
             )
+
+
+class TrainingFaults(Faults):
+    """Of a training run, which allows as many as ``train.max_faults``."""
+
+    @property
+    def remedy(self) -> str:
+        return (
+            f"train.max_faults is {self.limit}. The newest checkpoint, where there is one, is from before and sound: "
+            "mend the cause and go on with --resume."
+        )
 
 
 class LastGood:

@@ -134,7 +134,12 @@ def search_ticket(
     """Find a good constant latent by successive halving on the search's own seeds.
 
     Ties go to the candidate with fewer steps. Costs `SearchConfig.total_episodes` episodes.
+
+    Raises:
+        DsrlError: the base does not fit the task.
     """
+    for info in task.infos:
+        base.check_task(info)
     config = config or SearchConfig()
     drawn = layout.sample(generators([config.seed]), config.candidates)[0]
     drawn[0] = 0.0

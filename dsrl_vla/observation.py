@@ -56,12 +56,12 @@ class ObservationSpec:
                 raise bad(PROMPT, f"a list of {batch} prompts", f"{prompts!r}"[:80])
         return batch
 
-    def blank(self, batch: int = 1) -> Observations:
-        """Rows of zeros that pass `check`, for what is run once before it counts; 224 x 224 where any size will do."""
-        made: Observations = {STATE: np.zeros((batch, self.state_dim), np.float32)}
+    def blank(self) -> Observations:
+        """One row of zeros that passes `check`, for what is run before it counts; 224 x 224 where any size does."""
+        made: Observations = {STATE: np.zeros((1, self.state_dim), np.float32)}
         for name, shape in self.cameras.items():
-            made[IMAGE_PREFIX + name] = np.zeros((batch, *(shape or (224, 224, 3))), np.uint8)
-        return made | ({PROMPT: ["warm up"] * batch} if self.prompt else {})
+            made[IMAGE_PREFIX + name] = np.zeros((1, *(shape or (224, 224, 3))), np.uint8)
+        return made | ({PROMPT: ["warm up"]} if self.prompt else {})
 
     @staticmethod
     def _check_image(key: str, image: Any, batch: int, shape: tuple[int, int, int] | None) -> None:

@@ -19,7 +19,6 @@ from .policy import Encoding, FrozenPolicy
 if TYPE_CHECKING:
     from .head import SteeringHead
 
-_DISABLED = "disabled"
 NOT_FINITE = "base: its actions under the head's noise hold NaN or infinity"
 
 
@@ -113,11 +112,12 @@ class SteeredPolicy:
         self, observations: Observations, encoding: Encoding, seeds: Sequence[int], deterministic: bool
     ) -> tuple[torch.Tensor, list[str]]:
         if not self.enabled:
-            return self.base.spec.noise.sample(generators(list(seeds))), [_DISABLED] * len(seeds)
+            return self.base.spec.noise.sample(generators(list(seeds))), ["disabled"] * len(seeds)
         return self.guard.noise(observations, encoding, seeds, deterministic)
 
     def _book(self, reasons: Sequence[str]) -> None:
-        self.guard.book([reason for reason in reasons if reason != _DISABLED])
+        if self.enabled:
+            self.guard.book(reasons)
 
     def _without_head(
         self, encoding: Encoding, seeds: Sequence[int], noise: torch.Tensor, broken: torch.Tensor, reasons: list[str]

@@ -21,7 +21,7 @@ from .collectors import make_collector
 from .episodes import Episode
 from .errors import DsrlError, WorkerLostError, bad
 from .evaluation import measure
-from .faults import Faults, mending
+from .faults import TrainingFaults
 from .finalists import Finalist, Finalists
 from .head import HeadConfig, SteeringHead
 from .interrupts import stop_requests
@@ -79,8 +79,9 @@ class Trainer:
         layout = self.head.layout
         self.searched = self._warm_start() if config.warm_start == "ticket" else 0
         """Environment steps of the search for a ticket, which count."""
-        each = [sac.value_bounds(info.reward_range, base.spec.executed_steps) for info in task.infos]
-        bounds = min(low for low, _ in each), max(high for _, high in each)
+        lows, highs = zip(*(info.reward_range for info in task.infos), strict=True)
+        rewards = min(lows), max(highs)
+        bounds = sac.value_bounds(rewards, base.spec.executed_steps)
         self.learner = build_learner(
             recipe.algorithm, base, self.head, recipe.critic, sac, recipe.na, bounds, config.seed, config.device
         )
@@ -89,11 +90,9 @@ class Trainer:
         self.data: Replay | MixedReplay = self.replay
         if recipe.offline.source:
             offline = Replay(config.replay_capacity, layout.latent_shape, place("replay-offline"))
-            ranges = [info.reward_range for info in task.infos]
-            rewards = min(low for low, _ in ranges), max(high for _, high in ranges)
             fill(offline, OfflineLoader(base, self.head, self.learner.keeper(), sac, recipe.offline, rewards))
             self.data = MixedReplay(self.replay, offline, recipe.offline.share)
-        self.faults = Faults(config.max_faults, mending(config.max_faults))
+        self.faults = TrainingFaults(config.max_faults)
         self.updates = Updates(self.learner, self.data, sac.batch, config.seed, self.faults, team or Team())
         keeper = self.learner.keeper()
         self.collector = make_collector(

@@ -93,7 +93,7 @@ class Watch:
         self.yardstick = yardstick
         self.target_entropy, self.episodes, self.env_steps = target_entropy, episodes, env_steps
         self.best, self.most = -math.inf, 0.0
-        self.first: float | None = None
+        self.first = math.inf
         """What there was to begin with: the success of the warm-up or the first validation, whichever is less."""
         self.seen = 0
         """Validations."""
@@ -109,8 +109,8 @@ class Watch:
         if (found := row.get(f"validation_{self.yardstick.name}")) is not None:
             self.best, self.seen = max(self.best, found), self.seen + 1
             if self.seen == 1:  # short episodes end first: what has been finished of a warm-up is the better part
-                self.first = min(found, found if self.first is None else self.first)
-            said |= {"drop": self._drop(found), "stuck": self._stuck(row["env_steps"], self.first or 0.0)}
+                self.first = min(self.first, found)
+            said |= {"drop": self._drop(found), "stuck": self._stuck(row["env_steps"])}
         ailing = {name: words for name, words in said.items() if words}
         ailing |= dict.fromkeys(self.active - set(said), "")  # not looked at: neither news nor over
         new = [f"at {row['env_steps']} steps: {ailing[name]}" for name in ailing if name not in self.active]
@@ -150,11 +150,12 @@ class Watch:
             "one saved; lower sac.actor_lr or train.gradient_steps if it does not come back."
         )
 
-    def _stuck(self, steps: float, first: float) -> str:
-        if not self.env_steps / 2 <= steps < self.env_steps or self.seen < 2 or self.yardstick.risen(self.best, first):
+    def _stuck(self, steps: float) -> str:
+        half = self.env_steps / 2 <= steps < self.env_steps
+        if not half or self.seen < 2 or self.yardstick.risen(self.best, self.first):
             return ""
         name, digits = self.yardstick.name, self.yardstick.digits(self.best)
         return (
-            f"half of the steps are used and validation {name} has not risen (first {first:.{digits}f}, best "
+            f"half of the steps are used and validation {name} has not risen (first {self.first:.{digits}f}, best "
             f"{self.best:.{digits}f}). {self.yardstick.search}"
         )

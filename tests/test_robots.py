@@ -261,6 +261,14 @@ def test_a_robot_that_cannot_be_seen_any_more_is_told_to_rest_where_it_was_sent(
     assert len(moved.commands) == 1
 
 
+def at_rest(wheels):
+    """Wait, ten seconds at most, until they have been told to rest."""
+    for _ in range(1000):
+        if wheels.commands[-1]["theta.vel"] == 0.0:
+            return
+        sleep(0.01)
+
+
 def test_wheels_stop_while_nobody_says_anything(caplog):
     """A base that thinks for long, or a server that does not answer: a velocity would stay in force."""
     wheels, guards = Wheels(), arm_guards(limits={"*": [-20, 20]}, rest={"*.vel": 0.0}, hold_after_s=0.05)
@@ -268,10 +276,7 @@ def test_wheels_stop_while_nobody_says_anything(caplog):
     rig.observe()
     for _ in range(2):
         rig.send(np.array([1.0, 0.5]))
-        for _ in range(1000):
-            if wheels.commands[-1]["theta.vel"] == 0.0:
-                break
-            sleep(0.01)
+        at_rest(wheels)
     assert wheels.commands == [{"x.pos": 1.0, "theta.vel": 0.5}, {"x.pos": 1.0, "theta.vel": 0.0}] * 2
     assert caplog.text.count("no command for 0.05 s") == 2
     fails, real = [1, 1], wheels.send_action
@@ -283,10 +288,7 @@ def test_wheels_stop_while_nobody_says_anything(caplog):
 
     wheels.send_action = send
     rig.send(np.array([1.0, 0.5]))
-    for _ in range(1000):
-        if wheels.commands[-1]["theta.vel"] == 0.0:  # it is tried until it is heard
-            break
-        sleep(0.01)
+    at_rest(wheels)  # it is tried until it is heard
     rig.close()
     assert not fails and wheels.commands[-1]["theta.vel"] == 0.0
     with pytest.raises(DsrlError, match=r"guards.hold_after_s: expected seconds, above 0 and finite, got 0"):

@@ -168,14 +168,11 @@ def run_search(argv: list[str]) -> int:
         raise bad("search --eval-episodes", "1 or more", args.eval_episodes)
     out = _new(args.out or Path("runs") / f"{recipe.name}-ticket")
     base = recipe.base.load()
-    facts = {"recipe": recipe.name, "train_seed": args.seed}
     layout = recipe.noise.over(base.spec.noise)
     with (
         tqdm(total=config.total_episodes * tasks, unit="episode", desc="search", disable=None) as bar,
         VectorTask(replace(recipe.task, num_envs=envs), base.spec.executed_steps) as task,
     ):
-        for info in task.infos:
-            base.check_task(info)
         check_scenes(task.infos, args.eval_episodes)
         ticket = search_ticket(base, task, layout, config, lambda _: bar.update())
     ticket.save(out / "ticket.json")
@@ -186,7 +183,8 @@ def run_search(argv: list[str]) -> int:
         VectorTask(recipe.task, base.spec.executed_steps) as task,
     ):
         result = evaluate_ticket(base, task, layout, ticket, args.eval_episodes, lambda _: bar.update())
-    write_json(out / "eval.json", result | facts | {"env_steps": ticket.env_steps})
+    facts = {"recipe": recipe.name, "train_seed": args.seed, "env_steps": ticket.env_steps}
+    write_json(out / "eval.json", result | facts)
     own, best = result["base"], result["steered"]
     print(
         f"{result['task']}: base {' '.join(shown(own))}, best constant noise {shown(best)[0]} "

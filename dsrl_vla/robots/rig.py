@@ -121,9 +121,6 @@ class Rig:
         target = self.guards.still(self.present())
         self._check_known(target)
         self._send(target)
-        self._rest()
-
-    def _rest(self) -> None:
         if self._standstill is not None:
             self._standstill.resting()
 
@@ -132,7 +129,6 @@ class Rig:
         target = np.where(self.guards.velocity, self.guards.rest, self._last)
         self._check_known(target)
         self._send(target)
-        self._rest()
 
     def _hold_here(self) -> None:
         """Stand still where the robot is now: since it was last seen, a reset or a person may have moved it.

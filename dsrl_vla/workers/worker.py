@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..collect import Collector
-from ..faults import Faults, mending
+from ..faults import TrainingFaults
 from ..head import HeadConfig, SteeringHead
 from ..latent_sac import SACConfig
 from ..noise_bank import Keeper
@@ -40,11 +40,11 @@ class WorkerSpec:
     gpus: float = 0.0
 
 
-class _Noted(Faults):
+class _Noted(TrainingFaults):
     """Faults to be sent: the learner counts them all, says them, and says when there are too many."""
 
     def __init__(self, limit: int) -> None:
-        super().__init__(limit, mending(limit))
+        super().__init__(limit)
         self.new: list[list[str]] = []
 
     def add(self, kind: str, words: str) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from dsrl_vla.errors import bad, first_line, missing_extra
+from dsrl_vla.linear import quicken
 from dsrl_vla.noise import NoiseSpace
 from dsrl_vla.observation import Observations, ObservationSpec
 from dsrl_vla.plain import read_object
@@ -78,6 +79,7 @@ class TransformersPi0(FrozenPolicy):
     @model.setter
     def model(self, model: Any) -> None:
         self._model = model.eval().requires_grad_(False)
+        quicken(model)
         weight, steps = partial(_weight, model), model.config.num_inference_steps
         self._look = Recorded(partial(pi0_sampling.look, model), "π0's prefix", weight)
         self._sampler = Recorded(partial(_sample, model, steps), "π0's sampler", weight)

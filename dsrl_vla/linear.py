@@ -1,4 +1,4 @@
-"""One affine layer, by the quicker of the two libraries that torch multiplies float32 matrices with on a CPU.
+"""Affine layers, by the quicker of the two libraries that torch multiplies float32 matrices with on a CPU.
 
 torch's own choice is MKL, which on processors that are not Intel's does without AVX-512. oneDNN, which torch brings
 too, does not: there it halves a product's time, once that outweighs its dearer call. On Intel's own, MKL is the
@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 WORTHWHILE = 2**21
 """Multiplications in a product from which on oneDNN's dearer call pays."""
@@ -25,6 +26,25 @@ _product = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if _WIDE and not
 def affine(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
     """x @ weight + bias: (N, in), (in, out), (out,) -> (N, out)."""
     return _Affine.apply(x, weight, bias) if pays(x, weight) else torch.addmm(bias, x, weight)
+
+
+class QuickLinear(nn.Linear):
+    """A frozen `nn.Linear` that chooses by how much it is given."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        if torch.is_grad_enabled() and (input.requires_grad or self.weight.requires_grad):
+            return super().forward(input)
+        rows = input.reshape(-1, input.shape[-1])
+        if not pays(rows, self.weight):
+            return super().forward(input)
+        return _multiply(rows, self.weight, self.bias).view(*input.shape[:-1], -1)
+
+
+def quicken(model: nn.Module) -> None:
+    """Turn every plain `nn.Linear` of a frozen model into a `QuickLinear`; the weights keep their names."""
+    for module in model.modules() if _product is not None else ():
+        if type(module) is nn.Linear:
+            module.__class__ = QuickLinear
 
 
 def pays(x: torch.Tensor, weight: torch.Tensor) -> bool:

@@ -1,10 +1,13 @@
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
 from dsrl_vla import linear
 from dsrl_vla.errors import DsrlError
-from dsrl_vla.linear import affine, pays
+from dsrl_vla.linear import QuickLinear, affine, pays, quicken
 from dsrl_vla.networks import NetworkConfig, StackedLinear, StackedNorm, attention, build
+from torch import nn
 
 
 def look(memory, layer, query, queries_told):
@@ -109,6 +112,27 @@ def test_a_layer_is_the_same_function_whichever_library_multiplies(rows):
     grads = torch.autograd.grad(found, [x, weight, bias], gradient)
     for one, other in zip(grads, torch.autograd.grad(expected, precise, gradient.double()), strict=True):
         assert torch.allclose(one.double(), other, atol=1e-3)
+
+
+@pytest.mark.usefixtures("by_onednn")
+def test_a_frozen_models_layers_are_quickened_and_otherwise_as_they_were(monkeypatch):
+    multiplied = []
+    multiply = linear._multiply
+    monkeypatch.setattr(linear, "_multiply", lambda x, *rest: multiplied.append(x.shape) or multiply(x, *rest))
+    torch.manual_seed(0)
+    plain = nn.Sequential(nn.Linear(128, 96), nn.GELU(), nn.Linear(96, 128, bias=False), nn.LayerNorm(128))
+    quick = copy.deepcopy(plain).requires_grad_(False)
+    quicken(quick)
+    assert list(quick.state_dict()) == list(plain.state_dict())
+    for rows in ((2, 3), (8, 40)):
+        x = torch.randn(*rows, 128)
+        assert torch.allclose(quick(x), plain(x), atol=1e-5)
+    if linear._product is not None:
+        assert [type(layer) for layer in quick[::2]] == [QuickLinear, QuickLinear]
+        assert multiplied == [(320, 128), (320, 96)]
+    x.requires_grad_()
+    for one, other in zip(*(torch.autograd.grad(net(x).sum(), [x]) for net in (quick, plain)), strict=True):
+        assert torch.allclose(one, other, atol=1e-5)
 
 
 @pytest.mark.usefixtures("by_onednn")

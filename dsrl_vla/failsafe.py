@@ -113,6 +113,7 @@ class Guard:
         """How often the base decided alone, by kind of reason."""
         self.latched = False
         self._worker = _Worker() if worker is None and config.deadline_s is not None else worker
+        self._normalise = head.eyes.normalise.here()  # or every decision would copy it from a GPU, and wait for that
         self._allowed: dict[str, torch.Tensor] = {}
         self._recent: deque[bool] = deque(maxlen=config.window)
 
@@ -213,7 +214,7 @@ class Guard:
     def _foreign(self, inputs: HeadInputs) -> list[str]:
         """For each row, what is further from the training data than allowed."""
         reasons = [""] * len(next(iter(inputs.values())))
-        for name, z in self.head.eyes.normalise.deviations(inputs).items():
+        for name, z in self._normalise.deviations(inputs).items():
             limits = self._limits(name, z)
             if limits is None:
                 continue

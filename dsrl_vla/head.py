@@ -7,6 +7,7 @@ expands to the base's noise. Always float32, whatever the base's dtype: in bf16 
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Mapping
 from dataclasses import replace
@@ -63,9 +64,13 @@ class Normaliser(nn.Module):
 
     @torch.no_grad()
     def deviations(self, inputs: HeadInputs) -> dict[str, torch.Tensor]:
-        """How far from what was fitted: |x - mean| / std, the shape of each input, on the CPU."""
-        fitted = lambda name, what: getattr(self, f"{name}_{what}").cpu()
+        """How far from what was fitted: |x - mean| / std, the shape of each input."""
+        fitted = lambda name, what: getattr(self, f"{name}_{what}")
         return {n: ((inputs[n] - fitted(n, "mean")) / fitted(n, "std")).abs() for n in self.names}
+
+    def here(self) -> Normaliser:
+        """A copy on the CPU, where inputs are, whatever becomes of this one."""
+        return copy.deepcopy(self).cpu()
 
     def jittered(self, inputs: HeadInputs, amount: float, source: Source) -> HeadInputs:
         """The inputs with normal noise on the state, `amount` of what was fitted as its deviation."""
@@ -189,7 +194,7 @@ class SteeringHead(nn.Module):
 
     def calibrate(self, inputs: HeadInputs) -> None:
         """Remember each column's furthest deviation in a sample (N, …): beyond it an observation counts as foreign."""
-        z = self.eyes.normalise.deviations(inputs)
+        z = self.eyes.normalise.here().deviations(inputs)
         furthest = {name: tuple(round(x, 2) for x in values.amax(0).tolist()) for name, values in z.items()}
         self.config = replace(self.config, furthest=furthest)
 

@@ -60,7 +60,8 @@ $(LEROBOT_VENV)/ready: setup.cfg pyproject.toml
 	touch $@
 
 test-lerobot: $(LEROBOT_VENV)/ready
-	$(LEROBOT_VENV)/bin/python -m pytest -n $(JOBS) --disable-warnings tests/test_lerobot_*.py tests/test_robots.py tests/test_offline.py
+	$(LEROBOT_VENV)/bin/python -m pytest -n $(JOBS) --disable-warnings tests/test_lerobot_*.py tests/test_robots.py tests/test_offline.py \
+	  tests/test_pi0_processing.py
 	$(LEROBOT_VENV)/bin/python -m pytest --disable-warnings tests/test_adapter_battery.py -k lerobot
 
 lint: $(VENV)/ready

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,7 @@ from dsrl_vla.policy import Encoding, FrozenPolicy, PolicySpec
 from dsrl_vla.recorded import Recorded
 
 from . import pi0_sampling
-from .pi0_processing import Pi0Processing, Pi0Statistics
+from .pi0_processing import IMAGE, Pi0Processing, Pi0Statistics
 from .refusals import refuse_unsteerable
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -80,6 +79,7 @@ class TransformersPi0(FrozenPolicy):
     def model(self, model: Any) -> None:
         self._model = model.eval().requires_grad_(False)
         quicken(model)
+        self._fingerprint = None  # another model is another base
         weight, steps = partial(_weight, model), model.config.num_inference_steps
         self._look = Recorded(partial(pi0_sampling.look, model), "π0's prefix", weight)
         self._sampler = Recorded(partial(_sample, model, steps), "π0's sampler", weight)
@@ -106,7 +106,7 @@ class TransformersPi0(FrozenPolicy):
 
     def processors(self) -> dict[str, Any]:
         tokenizer = self.processing.tokenizer
-        return asdict(self.processing.statistics) | {"tokenizer": tokenizer.get_vocab()}
+        return self.processing.statistics.facts() | {"tokenizer": tokenizer.get_vocab()}
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """The weights, by the names of transformers 5.23, so that a base hashes alike under any."""
@@ -146,10 +146,26 @@ def load(
     with _quiet():
         model = _load_whole(PI0ForConditionalGeneration, folder, DTYPES[dtype], source)
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    _prepare(tokenizer, model.config.vlm_config.image_token_id)
     processing = Pi0Processing(Pi0Statistics.load(folder, statistics), tokenizer, model.config.max_state_dim)
     return TransformersPi0(
         model.to(device), processing, uri=uri or f"transformers:{source}", repo_id=repo_id, revision=revision
     )
+
+
+def _prepare(tokenizer: Any, image_token: int) -> None:
+    """As `PI0Processor` does: image tokens come first, and the one <bos> is written out after them.
+
+    Raises:
+        DsrlError: its image token is not the model's.
+    """
+    if IMAGE not in tokenizer.get_vocab():
+        from transformers import AddedToken
+
+        tokenizer.add_tokens([AddedToken(IMAGE, normalized=False, special=True)], special_tokens=True)
+    tokenizer.add_bos_token = tokenizer.add_eos_token = False
+    if (found := tokenizer.convert_tokens_to_ids(IMAGE)) != image_token:
+        raise bad(f"tokenizer: {IMAGE}", f"the model's token, {image_token}", found)
 
 
 def _load_whole(kind: Any, folder: Path, dtype: torch.dtype, source: str) -> Any:

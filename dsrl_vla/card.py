@@ -33,7 +33,9 @@ def head_card(config: HeadConfig, folder: Path) -> str:
         if result
         else "What it was trained on is not recorded; it means nothing on another task or base.",
         results=_results(result, folder) if result else "It was pushed without an evaluation.\n",
-        base_arguments=_base_arguments(result["base_uri"] if result else config.base_uri, folder),
+        base_arguments=_base_arguments(
+            result["base_uri"] if result and not config.revision else config.base_uri, folder
+        ),
         source='"<this repository>"',
         executed=config.executed_steps,
         actions=config.action_dim or "A",

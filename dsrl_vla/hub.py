@@ -96,14 +96,15 @@ def fetch(
     except DsrlError:
         raise
     except Exception as error:
-        asked = "the Hub could not be asked (no network, or HF_HUB_OFFLINE) and its cache has none" if offline else ""
-        words = asked or " ".join(str(error).split())
+        has = "only a part" if type(error).__name__ == "IncompleteSnapshotError" else "none"
+        asked = f"the Hub could not be asked (no network, or HF_HUB_OFFLINE) and its cache has {has}"
+        words = asked if offline else " ".join(str(error).split())
         raise bad(f"head '{name}'", "a folder or a Hub repository", f"no such folder here, and {words}") from error
     return Path(path)
 
 
 def _check_remote(api: Any, repo_id: str, revision: str | None, files: Collection[str]) -> bool:
-    """Check the sizes of a repository's files; False when the Hub cannot be reached.
+    """Check the sizes of a repository's files; False when the Hub cannot be reached, or is too busy.
 
     Raises:
         DsrlError: a file is too large.
@@ -112,7 +113,9 @@ def _check_remote(api: Any, repo_id: str, revision: str | None, files: Collectio
 
     try:
         info = api.model_info(repo_id, revision=revision, files_metadata=True)
-    except HfHubHTTPError:
+    except HfHubHTTPError as error:
+        if error.response.status_code == 429 or error.response.status_code >= 500:
+            return False
         raise
     except (OfflineModeIsEnabled, OSError):
         return False
@@ -240,7 +243,10 @@ def inspect(source: str, revision: str | None = None, **options: Any) -> dict[st
     """
     from .head import SteeringHead
 
-    folder = fetch(source, revision, files=tuple(LARGEST), **options)
+    try:
+        folder = fetch(source, revision, files=tuple(LARGEST), **options)
+    except DsrlError:  # a cache that nobody can fill may have the head alone
+        folder = fetch(source, revision, **options)
     head = SteeringHead.from_pretrained(folder)
     config, files = read_config(folder, source), held(folder)
     found: dict[str, Any] = {

@@ -94,6 +94,7 @@ def _hash(value: Any) -> str:
             return {str(k): plain(v) for k, v in x.items()}
         if isinstance(x, (list, tuple, np.ndarray, torch.Tensor)):
             return [plain(v) for v in (x if isinstance(x, (list, tuple)) else x.tolist())]
+        x = x.item() if isinstance(x, np.generic) else x
         return f"{x:.6g}" if isinstance(x, float) else x
 
     return hashlib.sha256(json.dumps(plain(value), sort_keys=True).encode()).hexdigest()[:16]

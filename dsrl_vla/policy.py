@@ -42,6 +42,11 @@ class PolicySpec:
     repo_id: str = ""
     revision: str = ""
 
+    @property
+    def pinned_uri(self) -> str:
+        """`uri`, or where it is a repository of the Hub's the very commit that was loaded."""
+        return f"{self.adapter}:{self.repo_id}@{self.revision}" if self.repo_id and self.revision else self.uri
+
 
 @dataclass(frozen=True)
 class Encoding:

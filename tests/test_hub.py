@@ -42,7 +42,7 @@ class StandInHub(ThreadingHTTPServer):
 
     def __init__(self):
         super().__init__(("127.0.0.1", 0), Handler)
-        self.refs, self.commits, self.requests = {}, {}, []
+        self.refs, self.commits, self.requests, self.down = {}, {}, [], False
         threading.Thread(target=self.serve_forever, daemon=True).start()
 
     @property
@@ -85,6 +85,8 @@ class Handler(BaseHTTPRequestHandler):
     def do_GET(self):
         path = unquote(urlsplit(self.path).path)
         self.server.requests.append(f"{self.command} {path}")
+        if self.server.down:
+            return self.answer({"error": "Service Unavailable"}, 503)
         if path.startswith("/api/models/"):
             return self.describe(path.removeprefix("/api/models/"))
         repo, _, rest = path[1:].partition("/resolve/")
@@ -214,6 +216,23 @@ def test_without_a_network_the_cache_answers(hub, head, tmp_path):
     assert same(SteeringHead.from_pretrained(REPO, **options(hub, tmp_path)), head)
     with pytest.raises(DsrlError, match="expected a folder or a Hub repository"):
         SteeringHead.from_pretrained("lab/never-seen", **options(hub, tmp_path))
+
+
+def test_a_hub_that_is_down_is_no_hub_at_all(hub, head, tmp_path):
+    push(head, REPO, token="t", endpoint=hub.url)
+    SteeringHead.from_pretrained(REPO, **options(hub, tmp_path))
+    hub.down = True
+    assert same(SteeringHead.from_pretrained(REPO, **options(hub, tmp_path)), head)
+
+
+def test_a_cached_head_can_be_looked_into_though_the_rest_was_never_fetched(hub, head, run, tmp_path):
+    push(head, REPO, run=run, token="t", endpoint=hub.url)
+    SteeringHead.from_pretrained(REPO, **options(hub, tmp_path))
+    found = inspect(REPO, local_files_only=True, **options(hub, tmp_path))
+    assert found["layout"] == "chunk" and "evaluation" not in found
+    with pytest.raises(DsrlError, match="its cache has only a part"):
+        pull(REPO, tmp_path / "copy", local_files_only=True, **options(hub, tmp_path))
+    assert not (tmp_path / "copy").exists()
 
 
 def test_offline_mode_reads_the_caches_own_layout(hub, head, tmp_path):

@@ -3,11 +3,13 @@
 import json
 import shutil
 
+import numpy as np
 import pytest
 import tiny_lerobot
 import torch
 from dsrl_vla import load_base, probe
 from dsrl_vla.errors import DsrlError, MissingExtraError, NotSteerableError
+from dsrl_vla.noise import generators
 from dsrl_vla.observation import unsqueeze
 
 
@@ -198,6 +200,44 @@ def test_cameras_can_go_by_the_tasks_names(smolvla, observation):
     assert torch.equal(plain.act(seen, seed=0), renamed.act(theirs, seed=0))
     with pytest.raises(DsrlError, match="base.cameras: expected cameras of the policy"):
         load_base(f"lerobot:{smolvla}", cameras={"a": "b"})
+
+
+def test_cameras_that_changed_their_names_with_each_other_are_another_base(smolvla):
+    """The policy sees other pictures, of cameras of the same names, under the same weights."""
+    one, other = (load_base(f"lerobot:{smolvla}", cameras=c) for c in ({"a": "front", "b": "wrist"},
+                                                                        {"b": "front", "a": "wrist"}))  # fmt: skip
+    assert sorted(one.spec.observation.cameras) == sorted(other.spec.observation.cameras)
+    assert one.fingerprint().processors != other.fingerprint().processors
+    plain = load_base(f"lerobot:{smolvla}").fingerprint().processors
+    assert "renamed cameras" not in plain  # a head trained before this was told fits
+
+
+@pytest.mark.parametrize("kind", ["pi0", "smolvla"])
+def test_a_policy_does_without_a_camera_that_its_code_can_do_without(kind, tmp_path, observation):
+    pytest.importorskip("lerobot.policies")
+    tiny_lerobot.save(kind, tmp_path)
+    with tiny_lerobot.sizes(kind):
+        full, fewer = (load_base(f"lerobot:{tmp_path}", absent=absent) for absent in ((), ("wrist",)))
+    assert list(fewer.spec.observation.cameras) == ["front"]
+    seen = observation(full)
+    front = {k: v for k, v in seen.items() if k != "observation.images.wrist"}
+    batch = fewer.preprocess(fewer._batch({k: np.asarray(v)[None] for k, v in front.items()}, 1))
+    noise = fewer.spec.noise.sample(generators([0]))
+    own = fewer.postprocess(fewer.split.policy.predict_action_chunk(batch, noise=noise[:, 0]))
+    found = fewer.denoise(fewer.encode({k: [v] if k == "task" else v[None] for k, v in front.items()}), noise)
+    assert torch.allclose(found[:, 0, : own.shape[1]], own, atol=1e-5)
+    assert not torch.allclose(fewer.act(front, seed=0), full.act(seen, seed=0))
+    with tiny_lerobot.sizes(kind), pytest.raises(DsrlError, match="base.absent: expected at most 1 of this policy's"):
+        load_base(f"lerobot:{tmp_path}", absent=("front", "wrist"))
+    with tiny_lerobot.sizes(kind), pytest.raises(DsrlError, match="base.absent: expected cameras of the policy: fro"):
+        load_base(f"lerobot:{tmp_path}", absent=("left",))
+
+
+def test_other_policies_need_all_their_cameras(tmp_path):
+    pytest.importorskip("lerobot.policies")
+    tiny_lerobot.save("xvla", tmp_path)
+    with tiny_lerobot.sizes("xvla"), pytest.raises(DsrlError, match="base.absent: expected at most 0 of this policy"):
+        load_base(f"lerobot:{tmp_path}", absent=("wrist",))
 
 
 def test_actions_come_out_in_environment_units(smolvla, observation):

@@ -303,6 +303,7 @@ def test_a_head_trains_on_a_policy_with_keys_of_its_own(openpi_zoo, tmp_path):
         "sac": {"batch": 16}, "train": {"env_steps": 160, "learning_starts": 16, "gradient_steps": 1.0,
                                         "validate_every": 80, "validation_episodes": 2, "checkpoint_every": 80},
     })  # fmt: skip
+    assert base.processors()["keys"] == {"cameras": {}, "state": [(("point",), 4)]}  # others are another base
     before = base.sha256()
     run = train(recipe, tmp_path / "run", base=base, evaluate_after=False)
     assert base.sha256() == before

@@ -5,6 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from conftest import randomised_pi0
 from dsrl_vla import load_base
 from dsrl_vla.adapters.pi0_attention import attend, heads_as_one, sharing
 from dsrl_vla.adapters.pi0_cache import spread
@@ -121,14 +122,6 @@ def test_states_and_actions_are_normalised_as_upstream(tiny_pi0):
     assert torch.allclose(tiny_pi0.processing.actions(there), actions, atol=1e-6)
 
 
-def test_an_image_of_another_shape_keeps_its_aspect_and_is_padded_with_black(tiny_pi0, observation):
-    seen = observation(tiny_pi0, size=(20, 40))
-    seen["observation.images.front"][:] = 255
-    inputs = tiny_pi0.processing(batch([seen]), torch.device("cpu"), torch.float32)
-    front = inputs["pixel_values"][0, 0]
-    assert (front[:, 8:24] > 0.99).all() and (front[:, :8] == -1).all() and (front[:, 24:] == -1).all()
-
-
 def test_a_prompt_that_is_too_long_is_refused(tiny_pi0, observation):
     with pytest.raises(DsrlError, match="task: expected at most 12 tokens"):
         tiny_pi0.encode(batch([observation(tiny_pi0, prompt="open " * 30)]))
@@ -167,6 +160,15 @@ def test_missing_statistics_are_named_and_can_be_passed(tiny_pi0, tmp_path, obse
     base = load_base(f"transformers:{tmp_path}", statistics=extra)
     seen = observation(base)
     assert torch.allclose(base.act(seen, seed=0), tiny_pi0.act(seen, seed=0), atol=1e-5)
+    with pytest.raises(DsrlError, match="unknown key of `statistics` 'action_mean'. Did you mean 'actions_mean'"):
+        load_base(f"transformers:{tmp_path}", statistics={"action_mean": [5.0]})
+
+
+def test_a_model_put_in_anothers_place_has_a_fingerprint_of_its_own(tiny_pi0):
+    base, other = randomised_pi0(), randomised_pi0(seed=1)
+    assert base.fingerprint() == tiny_pi0.fingerprint()
+    base.model = other.model
+    assert base.fingerprint().weights == other.fingerprint().weights != tiny_pi0.fingerprint().weights
 
 
 @pytest.mark.parametrize(

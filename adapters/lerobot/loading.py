@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import io
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,7 @@ def load(
     uri: str = "",
     config: Mapping[str, Any] | None = None,
     cameras: Mapping[str, str] | None = None,
+    absent: Sequence[str] = (),
 ) -> LeRobotPolicy:
     """Load a policy that LeRobot saved, from a folder or from the Hub as ``repo/name[@revision]``.
 
@@ -42,6 +43,7 @@ def load(
         dtype: float32 or bfloat16; bfloat16 where the policy's class can be served in it.
         config: keys of the policy's config to change, such as ``{"noise_scheduler_type": "DDIM"}``.
         cameras: camera of the task -> camera of the policy, where their names differ.
+        absent: cameras of the policy that there are none of here; pi0, pi05 and smolvla do without.
 
     Raises:
         NotSteerableError: a policy, or a mode of one, that has no initial noise to steer.
@@ -80,6 +82,7 @@ def load(
         uri=uri or f"lerobot:{source}",
         dtype=dtype,
         cameras=cameras,
+        absent=absent,
         repo_id=repo_id,
         revision=revision,
     )

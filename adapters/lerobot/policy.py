@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -24,6 +24,7 @@ class LeRobotPolicy(FrozenPolicy):
     Args:
         preprocess, postprocess: LeRobot's pipelines for this policy; actions come out in environment units.
         cameras: camera of the task -> camera of the policy, where the two have different names.
+        absent: cameras of the policy that there are none of here: its own code does without them.
     """
 
     def __init__(
@@ -35,12 +36,13 @@ class LeRobotPolicy(FrozenPolicy):
         uri: str,
         dtype: str = "float32",
         cameras: Mapping[str, str] | None = None,
+        absent: Sequence[str] = (),
         repo_id: str = "",
         revision: str = "",
     ):
         self.split, self.preprocess, self.postprocess = split, preprocess, postprocess
         self.model = split.policy.eval().requires_grad_(False)
-        self._keys, shapes = _camera_keys(split, cameras or {})
+        self._keys, shapes = _camera_keys(split, cameras or {}, absent)
         self._relative = _relative_step(preprocess)
         self._template: Any = None
         self._lock = threading.Lock()
@@ -125,8 +127,11 @@ class LeRobotPolicy(FrozenPolicy):
         return self.model.state_dict()
 
     def processors(self) -> dict[str, Any]:
-        """The cameras in order, and what every step of the pipelines has learnt: normalisation statistics."""
+        """The cameras in order, and whose names they go by here; and what every step of the pipelines has learnt:
+        normalisation statistics."""
         found: dict[str, Any] = {"cameras": list(self._keys.values())}
+        if renamed := {name: key for name, key in self._keys.items() if name != camera_of(key)}:
+            found["renamed cameras"] = renamed
         for when, pipeline in (("before", self.preprocess), ("after", self.postprocess)):
             for step in pipeline.steps:
                 state = {name: tensor.float().tolist() for name, tensor in step.state_dict().items()}
@@ -140,14 +145,17 @@ def camera_of(key: str) -> str:
     return key.removeprefix(IMAGE_PREFIX).removeprefix("observation.")
 
 
-def _camera_keys(split: Split, renamed: Mapping[str, str]) -> tuple[dict[str, str], dict[str, Any]]:
+def _camera_keys(
+    split: Split, renamed: Mapping[str, str], absent: Sequence[str]
+) -> tuple[dict[str, str], dict[str, Any]]:
     """Return (camera -> the policy's key, camera -> shape or None) in the policy's own order."""
     known: dict[str, str] = {}
     shapes: dict[str, tuple[int, int, int] | None] = {}
     back = {theirs: ours for ours, theirs in renamed.items()}
+    _check_absent(split, absent)
     for key, feature in split.config.image_features.items():
         theirs = camera_of(key)
-        if theirs.startswith("empty_camera_"):
+        if theirs.startswith("empty_camera_") or theirs in absent:
             continue
         camera = back.pop(theirs, theirs)
         channels, height, width = feature.shape
@@ -155,6 +163,17 @@ def _camera_keys(split: Split, renamed: Mapping[str, str]) -> tuple[dict[str, st
     if back:
         raise bad("base.cameras", f"cameras of the policy: {', '.join(known) or 'none'}", ", ".join(back))
     return known, shapes
+
+
+def _check_absent(split: Split, absent: Sequence[str]) -> None:
+    """Refuse to leave out cameras that the policy does not have, or cannot do without."""
+    theirs = [camera_of(key) for key in split.config.image_features]
+    if unknown := [name for name in absent if name not in theirs]:
+        raise bad("base.absent", f"cameras of the policy: {', '.join(theirs) or 'none'}", ", ".join(unknown))
+    empty = sum(name.startswith("empty_camera_") for name in theirs)
+    most = min(len(theirs) - empty - 1, split.most_absent())
+    if len(absent) > most:
+        raise bad("base.absent", f"at most {most} of this policy's cameras left out", ", ".join(absent))
 
 
 def _relative_step(preprocess: Any) -> Any:

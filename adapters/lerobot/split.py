@@ -35,6 +35,10 @@ class Split(abc.ABC):
         self.refuse(self.config)
         self._check_interface()
 
+    def most_absent(self) -> int:
+        """How many cameras the policy's own code does without, if there are none of them in the batch."""
+        return 0
+
     @property
     @abc.abstractmethod
     def noise(self) -> NoiseSpace:

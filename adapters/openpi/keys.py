@@ -81,6 +81,7 @@ ALOHA_SIM = KeyMap(
     cameras={"top": ("images", "cam_high")}, state={("state",): 14}, executed_steps=10, channels_first=True
 )
 
+FAMILIES = (LIBERO, DROID, ALOHA, ALOHA_SIM)
 _BY_CONFIG = {"pi0_aloha_sim": ALOHA_SIM}
 _BY_TRANSFORM = {"LiberoInputs": LIBERO, "DroidInputs": DROID, "AlohaInputs": ALOHA}
 

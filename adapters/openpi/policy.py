@@ -15,7 +15,7 @@ from dsrl_vla.noise import NoiseSpace
 from dsrl_vla.observation import Observations
 from dsrl_vla.policy import Encoding, FrozenPolicy, PolicySpec
 
-from .keys import KeyMap, keys_for
+from .keys import FAMILIES, KeyMap, keys_for
 from .sampling import Pool, Sampler
 
 
@@ -104,11 +104,13 @@ class OpenPi(FrozenPolicy):
         return self.sampler.state_dict()
 
     def processors(self) -> dict[str, Any]:
-        """openpi's transforms in their order, each with its settings (statistics, form of the prompt, deltas); and how
-        the feature is pooled, unless in the usual way."""
+        """openpi's transforms in their order, each with its settings (statistics, form of the prompt, deltas); how the
+        feature is pooled, unless in the usual way; and where openpi finds what, unless as for its own robots."""
         sides = {"input": self.policy._input_transform, "output": self.policy._output_transform}
-        pooled = {} if self._pool == "mean" else {"pool": self._pool}
-        return pooled | {
+        own: dict[str, Any] = {} if self._pool == "mean" else {"pool": self._pool}
+        if self.keys not in FAMILIES:
+            own["keys"] = {"cameras": dict(self.keys.cameras), "state": list(self.keys.state.items())}
+        return own | {
             f"{side}.{index}.{type(transform).__name__}": _plain(transform)
             for side, composed in sides.items()
             for index, transform in enumerate(composed.transforms)

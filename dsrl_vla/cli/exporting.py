@@ -93,7 +93,8 @@ def run_export_policy(argv: list[str]) -> int:
         config = recipe.base
     else:
         head = SteeringHead.from_pretrained(args.source)
-        config = BaseConfig(head.config.base_uri, options=base_beside(args.source).options)
+        beside = base_beside(args.source)
+        config = BaseConfig(head.config.base_uri, dtype=beside.dtype, options=beside.options)
         if not args.base:
             check_named(config.uri, f"{args.source / CONFIG}", f"--base '{config.uri}'")
     if args.base:

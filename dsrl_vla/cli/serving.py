@@ -106,7 +106,8 @@ def load(args: ServeArgs) -> tuple[Any, Any]:
         head = SteeringHead.from_pretrained(args.head or folder)
         uri = head.config.base_uri
         check_named(uri, f"{folder / CONFIG}", f"dsrl-vla serve '{uri}' --head {folder}")
-        return load_base(uri, **base_beside(folder).options, **options), head
+        beside = base_beside(folder)
+        return load_base(uri, **beside.options, **({"dtype": beside.dtype} | options)), head
     if not (folder / "recipe.yaml").exists():
         if ":" not in args.target:
             raise bad("serve", "a base's URI such as 'nano:', or a run's directory", f"'{args.target}'")

@@ -57,7 +57,7 @@ def write_policy(
     out.mkdir(parents=True)
     steps = base.spec.executed_steps
     config = DsrlConfig(
-        base=base.spec.uri,
+        base=base.spec.pinned_uri,
         base_dtype=dtype,
         base_options=dict(options or {}),
         chunk_size=steps,

@@ -15,6 +15,7 @@ from dsrl_vla import SteeringHead
 from dsrl_vla.adapters.lerobot.policy import camera_of
 from dsrl_vla.bases import check_named
 from dsrl_vla.errors import DsrlError, bad
+from dsrl_vla.hub import fetch
 from dsrl_vla.noise import generators
 from dsrl_vla.observation import IMAGE_PREFIX, PROMPT, STATE, Observations
 from dsrl_vla.policy import FrozenPolicy
@@ -27,7 +28,9 @@ from torch import Tensor
 
 from .configuration_dsrl import DsrlConfig
 
-FILES = ["*.json", "*.safetensors"]
+FILES = ["config.json", "policy_*.json", "policy_*.safetensors"]
+"""Beside the head's."""
+_HUB = ("token", "cache_dir", "local_files_only", "force_download")
 
 
 class DsrlPolicy(PreTrainedPolicy):
@@ -81,7 +84,7 @@ class DsrlPolicy(PreTrainedPolicy):
         revision: str | None = None,
         **kwargs: Any,
     ) -> DsrlPolicy:
-        """Load from a folder or a Hub repository.
+        """Load from a folder or a Hub repository, with the options that LeRobot's policies take.
 
         Raises:
             DsrlError: no steered policy there.
@@ -90,8 +93,9 @@ class DsrlPolicy(PreTrainedPolicy):
         if not folder.is_dir():
             from huggingface_hub import snapshot_download
 
-            name = str(pretrained_name_or_path)
-            folder = Path(snapshot_download(name, revision=revision, allow_patterns=FILES))
+            name, options = str(pretrained_name_or_path), {k: kwargs[k] for k in _HUB if k in kwargs}
+            found = fetch(name, revision, **options).name  # which looks at their sizes first
+            folder = Path(snapshot_download(name, revision=found, allow_patterns=FILES, **options))
         config = config or PreTrainedConfig.from_pretrained(folder)
         if not isinstance(config, DsrlConfig):
             raise bad(f"policy '{pretrained_name_or_path}'", "a policy of type 'dsrl'", f"'{config.type}'")

@@ -6,7 +6,7 @@ import contextlib
 import logging
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 log = logging.getLogger(__name__)
 _PATIENCE = 3
@@ -17,8 +17,17 @@ _SIGNALS = (*_TERMINAL, signal.SIGTERM)
 
 def ignore_terminal() -> None:
     """In a process that helps another: the other hears the terminal too, and says when to stop."""
+    _ignore(_TERMINAL)
+
+
+def ignore_requests() -> None:
+    """The same of SIGTERM, too, which a scheduler sends to all processes of a job: this one is killed, if need be."""
+    _ignore(_SIGNALS)
+
+
+def _ignore(numbers: Iterable[int]) -> None:
     if threading.current_thread() is threading.main_thread():  # outside it Python sets none
-        for number in _TERMINAL:
+        for number in numbers:
             signal.signal(number, signal.SIG_IGN)
 
 

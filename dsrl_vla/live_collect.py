@@ -7,6 +7,7 @@ while the scene is made ready, never between two actions of a robot.
 from __future__ import annotations
 
 import logging
+import time
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,7 +16,7 @@ import torch
 
 from .collect import Collector
 from .episodes import episode_generators
-from .errors import bad
+from .errors import DsrlError, bad
 from .faults import all_finite
 from .head import HeadInputs
 from .interrupts import undisturbed
@@ -29,6 +30,8 @@ from .watch import Finished
 
 log = logging.getLogger(__name__)
 _LATE_SHARE = 0.1
+RETRY_S = 10.0
+"""Between tries to save an episode."""
 _UNSOUND = (
     "episode {}: what the base saw in it or would have done, or a reward, is not finite; nothing is learnt from it"
 )
@@ -120,7 +123,7 @@ class EpisodeCollector(Collector):
             if played.results and not played.results[-1].void[0]:
                 with undisturbed("the episode is being saved") as told:
                     record = self._record(played)
-                    self.journal.append(record)
+                    self._save(record)
                 if told.is_set():  # `restore` enters it, when the run goes on
                     raise KeyboardInterrupt
                 if not self._enter(record):
@@ -128,6 +131,17 @@ class EpisodeCollector(Collector):
                 return
             self.void += 1
             self.episodes += ending == Ending.DISCARD
+
+    def _save(self, record: EpisodeRecord) -> None:
+        """Put an episode into the journal: nobody can play it again, so that a full disk is waited for."""
+        while True:
+            try:
+                self.journal.append(record)
+                return
+            except (DsrlError, OSError) as error:
+                words = "episode %d waits to be saved: %s. Trying again in %g s; Ctrl-C three times gives it up."
+                log.error(words, record.number, error, RETRY_S)
+                time.sleep(RETRY_S)
 
     def _play(self, warm_up: bool) -> _Played:
         """Play an episode to its end."""
@@ -240,6 +254,7 @@ class EpisodeCollector(Collector):
             decision = Decision(int(numbers[i]), record.decisions["latent"][i], float(reward[i]), discount)
             if not human[i] or self.keeper.learns_from_actions:
                 windows.push(0, decision)
+                self.decisions += 1
             own += [] if human[i] else [decision]
         windows.terminated(0) if terminated else windows.truncated(0, int(numbers[-1]))
         self.recent.append(record.success and not human.any())
@@ -250,7 +265,6 @@ class EpisodeCollector(Collector):
     def _count(self, record: EpisodeRecord) -> None:
         self.episodes = record.number + 1
         self.env_steps += record.env_steps
-        self.decisions += len(record)
         self.human_steps += int(record.steps["human"].sum())
 
 

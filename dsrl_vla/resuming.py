@@ -8,6 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from .errors import DsrlError, MismatchError, bad
+from .head_config import HeadConfig
+from .offline import MixedReplay
+from .pairing import check_pair
 from .run_dir import load_checkpoint, part
 
 if TYPE_CHECKING:
@@ -23,6 +27,8 @@ def pack(trainer: Trainer) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     tensors |= {f"info.{k}": torch.as_tensor(v) for k, v in trainer.updates.info.items()}
     tensors["torch_rng"] = torch.get_rng_state()
     state = {
+        "head": trainer.head.config.to_json(),
+        "offline": _offline(trainer),
         "env_steps": trainer.collector.env_steps,
         "updates": trainer.learner.updates,
         "observed": replay.observed,
@@ -38,7 +44,12 @@ def pack(trainer: Trainer) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
 
 
 def unpack(trainer: Trainer, tensors: Mapping[str, torch.Tensor], state: Mapping[str, Any]) -> None:
-    """Undo `pack`, in a trainer that has just been made by the same recipe."""
+    """Undo `pack`, in a trainer that has just been made by the same recipe.
+
+    Raises:
+        DsrlError: the base or the offline data that the recipe names are others by now.
+    """
+    _check_same(trainer, state)
     trainer.learner.load_tensors(part(tensors, "learner."), state["updates"])
     trainer.replay.load_tensors(part(tensors, "replay."), state["observed"], state["added"])
     trainer.collector.resume(part(tensors, "collector."), state["collector"])
@@ -49,6 +60,25 @@ def unpack(trainer: Trainer, tensors: Mapping[str, torch.Tensor], state: Mapping
     trainer.validation_env_steps, trainer.seconds = state["validation_env_steps"], state["seconds"]
     torch.set_rng_state(tensors["torch_rng"])
     trainer.updates.resumed()
+
+
+def _offline(trainer: Trainer) -> list[int] | None:
+    """How much offline data there is: observations and transitions."""
+    data = trainer.data
+    return [data.offline.observed, data.offline.added] if isinstance(data, MixedReplay) else None
+
+
+def _check_same(trainer: Trainer, state: Mapping[str, Any]) -> None:
+    """Refuse to go on with what lies in the place of what the run began with; older checkpoints do not know."""
+    if "head" not in state:
+        return
+    try:
+        check_pair(HeadConfig.from_json(state["head"]), trainer.base)
+    except MismatchError as error:
+        raise DsrlError(f"{trainer.out}: expected the base that the run began with. {error}") from error
+    if state["offline"] != (now := _offline(trainer)):
+        words = f"the {state['offline']} observations and transitions that the run began with"
+        raise bad(f"{trainer.out}: offline.source", words, now)
 
 
 def resume(trainer: Trainer) -> None:

@@ -8,13 +8,15 @@ import logging
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from multiprocessing.process import BaseProcess
+from multiprocessing.util import Finalize
 from typing import Any, Literal
 
 import numpy as np
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv
 
 from .errors import bad
-from .interrupts import ignore_terminal, stop_requests
+from .interrupts import ignore_requests, stop_requests
 from .observation import PROMPT, Observations
 from .tasks import ChunkEnv, TaskInfo, make_task
 from .tasks.live import VOID
@@ -53,10 +55,17 @@ def _make_chunked(uri: str, max_episode_steps: int, chunk: int) -> ChunkEnv:
 
 
 def _make_apart(learner: int, *options: Any) -> ChunkEnv:
-    """As `_make_chunked`, in a process of its own: what a terminal tells its processes is the `learner`'s to obey."""
+    """As `_make_chunked`, in a process of its own: what all processes of a run are told is the `learner`'s to obey."""
     if os.getpid() != learner:  # where gymnasium makes one, too, to see its spaces
-        ignore_terminal()
+        ignore_requests()
     return _make_chunked(*options)
+
+
+def _kill(processes: Sequence[BaseProcess]) -> None:
+    for process in processes:
+        process.kill()
+    for process in processes:
+        process.join()
 
 
 @dataclass
@@ -112,6 +121,8 @@ class VectorTask:
             fix = "Name it <package>:<Name-v0>, so that the process imports what registers it, or set vector: sync."
             words = f"an environment that a process of its own can make of '{config.uri}'"
             raise bad("task.vector async", words, f"{type(error).__name__}", fix) from error
+        processes = list(getattr(self.envs, "processes", ()))
+        Finalize(self, _kill, (processes,), exitpriority=1)  # or the end would wait for what heeds no SIGTERM
         self.infos: list[TaskInfo] = list(self.envs.get_attr("info"))
         self._signals = contextlib.ExitStack()
         if len(measures := sorted({info.measure for info in self.infos})) > 1:
@@ -202,9 +213,7 @@ class VectorTask:
             with contextlib.suppress(ConnectionError, EOFError):
                 self.envs.close(timeout=_GRACE_S)
         finally:
-            for process in self.envs.processes:
-                process.terminate()
-                process.join()
+            _kill(self.envs.processes)
 
     def __enter__(self) -> VectorTask:
         if self.info.live:  # a signal is to leave the block, which stops the robot

@@ -27,6 +27,7 @@ from .manifest import MANIFEST, check_manifest, write_manifest
 log = logging.getLogger(__name__)
 STATE, TENSORS = "state.json", "tensors.safetensors"
 KEEP = 2
+_FULL = (errno.ENOSPC, errno.EDQUOT)
 _NO_PLACE = (errno.EACCES, errno.EROFS, errno.EEXIST, errno.ENOENT, errno.ENOTDIR, errno.EISDIR)
 
 
@@ -38,7 +39,8 @@ def disk_errors(path: Path) -> Iterator[None]:
     except Exception as error:
         text = str(error)
         number = getattr(error, "errno", None)
-        if number == errno.ENOSPC or "No space left" in text or "os error 28" in text:
+        full = number in _FULL or any(f"os error {code}" in text for code in _FULL)  # safetensors' own have no number
+        if full or "No space left" in text:
             free = shutil.disk_usage(path if path.exists() else path.parent).free / 1e6
             raise DsrlError(
                 f"{path}: expected room on the disk, got a full one ({free:.0f} MB free). Free some and go on with "
@@ -46,7 +48,36 @@ def disk_errors(path: Path) -> Iterator[None]:
             ) from error
         if number in _NO_PLACE:
             raise bad(str(path), "a folder that can be written", text) from error
+        if type(error).__name__ == "SafetensorError":
+            raise DsrlError(f"{path}: expected a disk that takes what is written, got {text}") from error
         raise
+
+
+@contextlib.contextmanager
+def alone(out: Path) -> Iterator[None]:
+    """Within this context no other process may enter it for the same run's directory; a process that dies leaves it.
+
+    Raises:
+        DsrlError: another one is in it.
+    """
+    try:
+        import fcntl
+    except ImportError:  # not on Windows
+        yield
+        return
+    descriptor = os.open(out, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        os.close(descriptor)
+        what = "a run that no process is at", "one that another process is at"
+        raise bad(str(out), *what, "Wait for its end, or end it.") from error
+    except OSError as error:  # another machine's disk, which knows no locks
+        log.debug("%s is not locked: %s", out, error)
+    try:
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def make_folder(path: Path) -> None:
@@ -134,7 +165,8 @@ class Metrics:
         self.flush()
 
     def flush(self) -> None:
-        """Write what is pending."""
+        """Write what is pending, all or nothing."""
+        size = None
         try:
             with disk_errors(self.path.parent), self.path.open("a+b") as file:
                 size = file.seek(0, os.SEEK_END)
@@ -144,6 +176,9 @@ class Metrics:
                 file.write(("\n" * bool(torn) + lines).encode())
             self.pending.clear()
         except (DsrlError, OSError) as error:
+            if size is not None:
+                with contextlib.suppress(OSError):
+                    os.truncate(self.path, size)
             log.warning("%s: %d lines wait to be written: %s", self.path.name, len(self.pending), error)
 
     def rows(self) -> list[dict[str, Any]]:

@@ -65,7 +65,7 @@ class LaunchedTeam(Team):
         self.rank, self.size = state.process_index, state.num_processes
         self.leads = self.rank == 0
         self._midway = False
-        """Whether an update was left before its end: the others wait in it, and hear nothing but that we are gone."""
+        """Whether an exchange was left before its end: the others wait in it, and hear only that we are gone."""
         atexit.register(state.destroy_process_group)  # gloo aborts a process that ends while its threads run
 
     def agree(self, learner: LatentSAC) -> None:
@@ -79,7 +79,9 @@ class LaunchedTeam(Team):
         self._join(learner)
         about = f"{learner.updates} {learner.bounds[0]!r} {learner.bounds[1]!r}\n{learner.head.config.to_json()}"
         text = torch.frombuffer(bytearray(about.encode()), dtype=torch.uint8)
+        self._midway = True
         self._tell(_STATE, {"about": text} | {f"learner.{k}": v for k, v in learner.tensors().items()})
+        self._midway = False
 
     def update(self, learner: LatentSAC, batch: Batch) -> Info:
         """As `Team.update`."""

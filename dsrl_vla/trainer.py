@@ -156,8 +156,10 @@ class Trainer:
             except (KeyboardInterrupt, WorkerLostError) as error:
                 asked.set()
                 self.held_out.stop()  # a robot, before anything else
-                if collector.whole:  # else in the middle of a decision, which is not to be saved
+                if collector.whole:
                     self.checkpoint()
+                else:  # in the middle of a decision, which is not to be saved, by nobody
+                    self.writing.lost.pop("checkpoint", None)
                 if isinstance(error, WorkerLostError):
                     raise
             else:

@@ -29,7 +29,7 @@ from .probing import probe
 from .recipe import AUTO, Recipe, differing, load_recipe
 from .resuming import resume as resume_run
 from .rollout import VectorTask
-from .run_dir import make_folder, write_json, write_text
+from .run_dir import alone, make_folder, write_json, write_text
 from .tasks import TaskInfo
 from .team import LaunchedTeam, join_team
 from .trainer import Trainer
@@ -93,8 +93,9 @@ def train(
     if base is not None and base.spec.uri != recipe.base.uri:
         words = "%s: the base is '%s', but other commands will load the recipe's, '%s', for this run. Set base.uri."
         log.warning(words, out, base.spec.uri, recipe.base.uri)
-    base = base or recipe.base.load()
     with contextlib.ExitStack() as stack:
+        stack.enter_context(alone(out))
+        base = base or recipe.base.load()
         held_out = stack.enter_context(VectorTask(recipe.task, base.spec.executed_steps))
         # Workers have environments of their own; what is asked of the task here, the other one can answer.
         inline = recipe.rollout.backend == "inline"

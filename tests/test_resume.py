@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -315,6 +316,70 @@ def test_a_terminals_ctrl_c_reaches_environments_in_processes_too_and_all_is_sav
     assert "Traceback" not in errors and checkpoints(out / "checkpoints") != before
 
 
+def test_a_schedulers_sigterm_to_all_processes_is_obeyed_by_the_learner_alone(fork_folder, tmp_path):
+    """Also by one that ends without closing its environments."""
+    script = "from dsrl_vla.rollout import TaskConfig, VectorTask\nimport os, signal, sys\nimport numpy as np\n"
+    script += "if __name__ == '__main__':\n    signal.signal(signal.SIGTERM, lambda *_: None)\n"
+    script += "    task = VectorTask(TaskConfig('point:fork', 40, 2, 'async'), 4)\n    task.reset([0, 1])\n"
+    script += (
+        "    os.killpg(0, signal.SIGTERM)\n    print(task.step(np.zeros((2, 4, 2), np.float32)).steps.tolist())\n"
+    )
+    (tmp_path / "child.py").write_text(script)
+    done = subprocess.run(
+        [sys.executable, str(tmp_path / "child.py")],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        start_new_session=True,
+    )
+    assert done.returncode == 0 and done.stdout.strip() == "[4, 4]", done.stderr
+
+
+def test_a_run_is_not_gone_on_with_on_another_base(fork_folder, tmp_path, monkeypatch):
+    folder, out = tmp_path / "base", tmp_path / "run"
+    shutil.copytree(fork_folder, folder)
+    recipe = recipe_of(folder)
+    cut(recipe, out, 45, monkeypatch)
+    weights = next(folder.glob("*.safetensors"))
+    changed = {name: value + 0.5 for name, value in safetensors.torch.load_file(weights).items()}
+    safetensors.torch.save_file(changed, weights)
+    with pytest.raises(DsrlError, match="expected the base that the run began with.*weights: expected sha256"):
+        train(recipe, out, resume=True)
+    shutil.copytree(fork_folder, folder, dirs_exist_ok=True)
+    assert train(recipe, out, resume=True, evaluate_after=False).head is not None
+
+
+def test_only_one_process_at_a_time_is_at_a_run(fork_folder, tmp_path, monkeypatch):
+    recipe, out, refused = recipe_of(fork_folder, env_steps=400), tmp_path / "run", []
+    original = Collector.step
+
+    def step(self, warm_up):
+        if not refused:
+            with pytest.raises(DsrlError, match="expected a run that no process is at") as error:
+                train(recipe, out, resume=True)
+            refused.append(error)
+        original(self, warm_up)
+
+    monkeypatch.setattr(Collector, "step", step)
+    train(recipe, out, evaluate_after=False)
+    assert refused and train(recipe, out, resume=True, evaluate_after=False).head is not None
+
+
+def test_half_a_decision_is_saved_by_nobody(fork_folder, tmp_path, monkeypatch):
+    """Not even in the place of a checkpoint that the disk did not take."""
+    recipe, out, disk = recipe_of(fork_folder, checkpoint_every=100), tmp_path / "run", FullDisk(monkeypatch)
+    store = Collector._store
+
+    def interrupted(self, *args):
+        disk.full = self.env_steps < 300
+        if self.env_steps >= 300:
+            raise KeyboardInterrupt
+        return store(self, *args)
+
+    monkeypatch.setattr(Collector, "_store", interrupted)
+    assert train(recipe, out).interrupted and not checkpoints(out / "checkpoints")
+
+
 def test_outside_the_main_thread_a_run_trains_as_well(fork_folder, tmp_path):
     recipe = recipe_of(fork_folder, env_steps=300)
     worker = threading.Thread(target=train, args=(recipe, tmp_path / "run"), kwargs={"evaluate_after": False})
@@ -540,6 +605,27 @@ def test_a_disk_that_stays_full_is_an_error_at_the_end_and_the_last_checkpoint_i
     assert equal(last(out), last(tmp_path / "straight"))
 
 
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (OSError(122, "Disk quota exceeded"), "expected room on the disk, got a full one"),
+        (safetensors.SafetensorError("I/O error: Disk quota exceeded (os error 122)"), "expected room on the disk"),
+        (safetensors.SafetensorError("I/O error: (os error 5)"), "expected a disk that takes what is written, got"),
+    ],
+)
+def test_what_else_a_disk_may_say_is_no_end_of_a_run_either(error, words, tmp_path, caplog):
+    from dsrl_vla.run_dir import disk_errors
+    from dsrl_vla.writing import Writing
+
+    def write():
+        with disk_errors(tmp_path):
+            raise error
+
+    writing = Writing()
+    writing.attempt("checkpoint", write)
+    assert words in writing.lost["checkpoint"][1] and "going on without" in caplog.text
+
+
 def test_a_full_disk_costs_neither_the_best_head_nor_its_action_critic(fork_folder, tmp_path, monkeypatch):
     recipe, out, disk = recipe_of(fork_folder, "na"), tmp_path / "run", FullDisk(monkeypatch)
     original = Collector.step
@@ -577,6 +663,17 @@ def test_lines_that_could_not_be_written_come_with_the_next(tmp_path, monkeypatc
         file.write('{"env_steps": 3, "tor')  # cut short by a crash
     metrics.append({"env_steps": 4})
     assert [r["env_steps"] for r in metrics.rows()] == [1, 2, 4]
+    size, limits = metrics.path.stat().st_size, resource.getrlimit(resource.RLIMIT_FSIZE)
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size + 20, limits[1]))  # the disk takes one line, and a bit
+    try:
+        for number in (5, 6, 7):
+            metrics.append({"env_steps": number})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, before)
+    metrics.append({"env_steps": 8})
+    assert [r["env_steps"] for r in metrics.rows()] == [1, 2, 4, 5, 6, 7, 8]
     shutil.rmtree(tmp_path / "m")
 
 

@@ -701,6 +701,27 @@ def test_sac_learns_from_the_policys_part_alone(fork_base, tmp_path):
         made.step(warm_up=True)
     assert replay.index[: len(replay)].tolist() == [[0, 2], [1, 2]]
     assert made.human_steps == 7 and made.journal.numbers() == [0]
+    assert made.decisions == 2  # those that updates are owed, and that count as random ones
+
+
+def test_an_episode_waits_until_the_disk_takes_it(fork_base, tmp_path, monkeypatch, caplog):
+    from dsrl_vla import live_collect
+
+    made, replay = collector(fork_base, tmp_path, [])
+    append, failed = made.journal.append, []
+
+    def full(record):
+        if len(failed) < 2:
+            failed.append(record)
+            raise DsrlError("expected room on the disk, got a full one")
+        append(record)
+
+    monkeypatch.setattr(made.journal, "append", full)
+    monkeypatch.setattr(live_collect, "RETRY_S", 0.01)
+    with made.task:
+        made.step(warm_up=True)
+    assert made.journal.numbers() == [0] and replay.added
+    assert caplog.text.count("episode 0 waits to be saved: expected room on the disk") == 2
 
 
 def test_where_timeouts_are_terminal_the_time_limit_is_one_and_the_operators_cut_is_not(fork_base, tmp_path):

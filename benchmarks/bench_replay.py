@@ -4,7 +4,8 @@
 
 A transition is a 64 x 64 RGB image, a state of 8 and a noise of 32 numbers, in episodes of 15; all stores are full.
 LeRobot needs its own environment: `--lerobot` names its interpreter, in which this script measures ours and LeRobot's
-together. Writes results/replay.json.
+together: its buffer as its learner makes it, with `optimize_memory`, that keeps no next observations, and as the class
+comes, that does. Writes results/replay.json.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +29,11 @@ from dsrl_vla.replay import Replay
 
 CAPACITY, BATCH, STATE, NOISE, EPISODE = 8000, 256, 8, 32, 15
 IMAGE = (64, 64, 3)
+WORDS = {
+    "SB3": "SB3's",
+    "LeRobot's learner": "LeRobot's as its learner makes it",
+    "LeRobot": "LeRobot's as the class comes",
+}
 
 
 @dataclass(frozen=True)
@@ -40,11 +47,15 @@ class Args:
     """Print the comparison with LeRobot as JSON (what `--lerobot` runs)."""
 
 
-def tensors(value: Any) -> int:
-    """Bytes of all arrays and tensors in nested dictionaries."""
+def tensors(value: Any, seen: set[int] | None = None) -> int:
+    """Bytes of all arrays and tensors in nested dictionaries; one that is there twice counts once."""
+    seen = set() if seen is None else seen
     if isinstance(value, dict):
-        return sum(map(tensors, value.values()))
-    return value.nbytes if isinstance(value, np.ndarray | torch.Tensor) else 0
+        return sum(tensors(part, seen) for part in value.values())
+    if not isinstance(value, np.ndarray | torch.Tensor) or id(value) in seen:
+        return 0
+    seen.add(id(value))
+    return value.nbytes
 
 
 def images(rng: np.random.Generator, count: int) -> np.ndarray:
@@ -76,13 +87,14 @@ def sb3() -> tuple[int, Callable[[], object]]:
     return tensors(vars(buffer)) // CAPACITY, lambda: buffer.sample(BATCH)
 
 
-def lerobot() -> tuple[int, Callable[[], object]]:
-    """As `ours`, of LeRobot's ReplayBuffer as it comes: float images, next observations stored."""
+def lerobot(optimize_memory: bool) -> tuple[int, Callable[[], object]]:
+    """As `ours`, of LeRobot's ReplayBuffer: float images; next observations unless it is to save memory."""
     from lerobot.rl.buffer import ReplayBuffer
 
     rng = np.random.default_rng(0)
     keys = ["observation.image", "observation.state"]
-    buffer = ReplayBuffer(CAPACITY, device="cpu", state_keys=keys, storage_device="cpu", use_drq=False)
+    buffer = ReplayBuffer(CAPACITY, device="cpu", state_keys=keys, storage_device="cpu", use_drq=False,
+                          optimize_memory=optimize_memory)  # fmt: skip
     for step in range(CAPACITY):
         image = torch.from_numpy(images(rng, 1)).permute(0, 3, 1, 2).float() / 255
         seen = {keys[0]: image, keys[1]: torch.zeros(1, STATE)}
@@ -106,8 +118,8 @@ def goals(name: str, found: dict[str, Any], size: float, rate: float) -> list[Go
     """Both goals against one other."""
     bytes_, faster = found["bytes"]["ratio"], found["rate_ratio"]["median"]
     return [
-        Goal(f"replay: bytes per transition over {name}'s", bytes_, size, at_least=False),
-        Goal(f"replay: sampling rate over {name}'s", faster, rate),
+        Goal(f"replay: bytes per transition over {WORDS[name]}", bytes_, size, at_least=False),
+        Goal(f"replay: sampling rate over {WORDS[name]}", faster, rate),
     ]
 
 
@@ -123,7 +135,8 @@ def main() -> int:
     args = tyro.cli(Args, description=__doc__)
     torch.set_num_threads(1)
     if args.child:
-        print(json.dumps(compare(lerobot, args.rounds)))
+        modes = (("LeRobot's learner", True), ("LeRobot", False))
+        print(json.dumps({name: compare(partial(lerobot, saving), args.rounds) for name, saving in modes}))
         return 0
     found = {"SB3": compare(sb3, args.rounds)}
     wanted = goals("SB3", found["SB3"], 0.55, 3.0)
@@ -131,8 +144,9 @@ def main() -> int:
         command = [args.lerobot, __file__, "--child", "--rounds", str(args.rounds)]
         path = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
         said = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=path).stdout
-        found["LeRobot"] = json.loads(said.splitlines()[-1])
-        wanted += goals("LeRobot", found["LeRobot"], 0.15, 8.0)
+        found |= json.loads(said.splitlines()[-1])
+        for name in ("LeRobot's learner", "LeRobot"):
+            wanted += goals(name, found[name], 0.15, 8.0)
     return finish("replay", wanted, rounds=args.rounds, against=found, on_disk=on_disk(args.rounds))
 
 

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import tyro
-from kept_runs import finished, holds, merged, read, recorded, settings, trained
+from kept_runs import finished, holds, merged, of_base, read, recorded, settings, trained
 from steer_metaworld import RUNS as BASE_RUNS
 from steer_metaworld import base_measures, learning_curve, recipe_for
 
@@ -105,20 +105,21 @@ def run_ticket(task: str, seed: int, out: Path) -> None:
         ticket = search_ticket(base, vector, layout, SearchConfig(seed=seed))
         result = evaluate_ticket(base, vector, layout, ticket, recipe.eval.episodes)
     out.mkdir(parents=True, exist_ok=True)
+    (out / "recipe.yaml").write_text(variant_recipe(task, "ticket", seed).to_yaml())
     ticket.save(out / "ticket.json")
-    own = {"env_steps": ticket.env_steps, "train_seed": seed}
+    own = {"env_steps": ticket.env_steps, "train_seed": seed, "base_sha256_after": base.sha256()}
     (out / "eval.json").write_text(json.dumps(result | own, indent=1) + "\n")
 
 
 def take_over(task: str, variant: str, seed: int, out: Path) -> bool:
     """Take steer_metaworld.py's run of the same settings, best-of-K by its Q^A added; False when there is none."""
     source = BASE_RUNS / f"{task}-transformer-{seed}"
-    if not as_shipped(task, variant) or not (source / "eval.json").exists():
+    if not as_shipped(task, variant) or not finished(source, variant_recipe(task, variant, seed)):
         return False
-    shutil.copytree(source, out, dirs_exist_ok=True)
-    if variant == "na":
-        result = json.loads((out / "eval.json").read_text())
-        (out / "eval.json").write_text(json.dumps(result | best_of_k(task, seed, out), indent=1) + "\n")
+    shutil.copytree(source, out, dirs_exist_ok=True, ignore=shutil.ignore_patterns("eval.json"))
+    result = json.loads((source / "eval.json").read_text())
+    more = best_of_k(task, seed, out) if variant == "na" else {}
+    (out / "eval.json").write_text(json.dumps(result | more, indent=1) + "\n")  # which says that all is there
     return True
 
 
@@ -208,8 +209,12 @@ def collect(args: Args) -> dict[str, Any]:
             if (out / "metrics.jsonl").exists():
                 run |= learning_curve(out)
             fresh.append(run)
-            found.setdefault(task, {"base": result["base"], "variants": {}})
-            found[task] |= {key: result[key] for key in ("controls",) if key in result}
+            sha256 = result.get("base_sha256_after") or found.get(task, {}).get("base_sha256", "")
+            if not of_base(found.get(task, {}), sha256):
+                found[task] = {"base": result["base"], "variants": {}}
+            found[task]["base_sha256"] = sha256
+            if result.get("controls"):  # a ticket's evaluation has none
+                found[task]["controls"] = result["controls"]
         old = found.get(task, {}).get("variants", {}).get(variant, [])
         runs = merged(old, fresh, wanted(task, variant, 0))
         if runs:

@@ -23,6 +23,7 @@ from dsrl_vla.sources import NoiseSource
 from dsrl_vla.training import RunResult, train
 
 Runs = list[dict[str, Any]]
+DEFAULTS = Path(__file__).parent / "defaults.json"
 Job = tuple[str, str, int]
 """Task, variant and training seed."""
 _WITHOUT_EFFECT = {
@@ -32,10 +33,14 @@ _WITHOUT_EFFECT = {
 
 
 def settings(recipe: Recipe) -> dict[str, Any]:
-    """What decides a run's result, as flat ``{"section.field": value}``: all that differs from the defaults."""
-    before, now = flat(asdict(Recipe())), flat(asdict(recipe))
-    changed = {k: v for k, v in now.items() if before.get(k) != v and k not in _WITHOUT_EFFECT}
-    return json.loads(json.dumps(changed))
+    """What decides a run's result, as flat ``{"section.field": value}``: all that differs from the defaults.
+
+    Those are the defaults as they were when these files began (``defaults.json``), so that one that is changed since
+    counts as a setting; of a field that has come since, its own.
+    """
+    now = json.loads(json.dumps(flat(asdict(recipe))))
+    before = json.loads(json.dumps(flat(asdict(Recipe())))) | read(DEFAULTS)
+    return {k: v for k, v in now.items() if before.get(k) != v and k not in _WITHOUT_EFFECT}
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -55,6 +60,11 @@ def merged(old: Runs, new: Runs, wanted: dict[str, Any]) -> Runs:
     return sorted([*kept, *new], key=lambda run: run["train_seed"])
 
 
+def of_base(entry: dict[str, Any], sha256: str) -> dict[str, Any]:
+    """What a file holds of a task, if it is of this base: another one's figures do not belong beside."""
+    return entry if entry.get("base_sha256", sha256) == sha256 else {}
+
+
 def grow(
     out: Path,
     jobs: Iterable[Job],
@@ -64,7 +74,7 @@ def grow(
     """Run every job that `out` does not hold with the `wanted` settings, and write `out` after each.
 
     Args:
-        run: from a job to its run, and to what the file says of the task beside its runs.
+        run: from a job to its run, and to what the file says of the task beside its runs, ``base_sha256`` among it.
     """
     for task, variant, seed in jobs:
         settings = wanted(task, variant, seed)
@@ -73,9 +83,7 @@ def grow(
         fresh, beside = run(task, variant, seed)
         fresh = {"settings": settings, "train_seed": seed} | fresh
         found = read(out)  # another process may have written meanwhile
-        held = found.get(task, {})
-        same_base = held.get("base_sha256") in (None, beside.get("base_sha256"))
-        variants = held.get("variants", {}) if same_base else {}
+        variants = of_base(found.get(task, {}), beside["base_sha256"]).get("variants", {})
         variants[variant] = merged(variants.get(variant, []), [fresh], settings)
         out.write_text(json.dumps(found | {task: beside | {"variants": variants}}, indent=1) + "\n")
         print(task, variant, seed, fresh["steered"], flush=True)
@@ -114,16 +122,19 @@ def finished(out: Path, recipe: Recipe) -> bool:
     return (out / "eval.json").exists()
 
 
+def _decisive(recipe: Recipe) -> dict[str, Any]:
+    """What decides how a base does and what its episodes are."""
+    names = ("base.", "task.", "noise.", "eval.episodes")
+    own = {key: value for key, value in settings(recipe).items() if key.startswith(names)}
+    return own | {"sha256": recipe.base.load().sha256()}
+
+
 def base_measures(path: Path, recipe: Recipe) -> dict[str, Measure]:
     """Base and controls on the evaluation seeds, measured once and kept at `path` for all training seeds.
 
     They are measured again when base, task, layout or number of episodes are no longer what they were.
     """
-    base = recipe.base.load()
-    decisive = ("base.", "task.", "noise.", "eval.episodes")
-    of = {key: value for key, value in settings(recipe).items() if key.startswith(decisive)} | {
-        "sha256": base.sha256()
-    }
+    base, of = recipe.base.load(), _decisive(recipe)
     kept = read(path)
     if kept.get("of") != of:
         episodes = ranges.block(ranges.EVALUATION, recipe.eval.episodes)
@@ -135,7 +146,11 @@ def base_measures(path: Path, recipe: Recipe) -> dict[str, Measure]:
 
 
 def recorded(recipe: str, noise: str, episodes: int, out: Path) -> None:
-    """Record offline episodes of a shipped recipe's base, unless they are there."""
-    options = ["--noise", noise, "--episodes", str(episodes), "--out", str(out)]
-    if not out.exists() and (status := command(["record", recipe, *options])):
+    """Record offline episodes of a shipped recipe's base, unless they are there, of that base, task and layout."""
+    of, told = _decisive(load_recipe(recipe)) | {"noise": noise, "episodes": episodes}, out.with_suffix(".of.json")
+    if out.exists() and read(told) == of:
+        return
+    out.unlink(missing_ok=True)
+    if status := command(["record", recipe, "--noise", noise, "--episodes", str(episodes), "--out", str(out)]):
         raise SystemExit(status)
+    told.write_text(json.dumps(of) + "\n")

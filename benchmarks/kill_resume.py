@@ -81,7 +81,7 @@ def live_and_die(recipe: Path, out: Path, seconds: float) -> tuple[list[int], bo
     alive = child.poll() is None
     child.kill()
     rest, errors = child.communicate()
-    if not steps:
+    if not steps and child.returncode != 0:
         raise SystemExit(f"a resume failed:\n{errors}")
     whole = [line for line in rest.split("\n")[:-1] if line]
     return steps + [int(line) for line in whole], alive
@@ -109,6 +109,9 @@ def main(args: Args) -> None:
         reached = 0
         for number in range(args.kills):
             steps, alive = live_and_die(recipe, out, float(rng.uniform(0, args.longest)))
+            if not steps:
+                print(f"the run was over after {number} kills", flush=True)
+                break
             torn = len(list((out / "checkpoints").glob(".writing_*"))) if (out / "checkpoints").exists() else 0
             kills.append(
                 {

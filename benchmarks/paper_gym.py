@@ -7,8 +7,9 @@ one thread. `ours` is the shipped recipe gym-<task>; `sac` is that recipe by DSR
 `sb3` is Stable-Baselines3's SAC, unchanged, whose environment is `dsrl_vla.NoiseEnv`, with the settings of the paper's
 Hopper run where SAC has them; on the other two tasks the paper's networks are wider, and so are neither side's here.
 Every 20,000 steps the deterministic head plays 10 validation episodes; the best by validation plays the held-out
-evaluation episodes, the same for all and for base and controls. Runs that benchmarks/results/paper_gym.json holds are
-not repeated; it grows run by run.
+evaluation episodes, the same for all and for base and controls. SB3's environment steps are four a decision, also
+where an episode ended within one: at most 0.4 % fewer than are said. Runs that benchmarks/results/paper_gym.json holds
+are not repeated; it grows run by run.
 """
 
 from __future__ import annotations
@@ -163,6 +164,7 @@ def run(task: str, variant: str, seed: int, args: Args) -> tuple[dict[str, Any],
     shutil.rmtree(out, ignore_errors=True)
     controls = {name: m.to_json() for name, m in known.items() if name != "base"}
     beside = {"episodes": recipe.eval.episodes, "base": known["base"].to_json(), "controls": controls}
+    beside["base_sha256"] = recipe.base.load().sha256()
     return facts | {"returns": [round(e.reward, 1) for e in steered.episodes]} | found, beside
 
 

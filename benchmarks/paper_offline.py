@@ -72,6 +72,7 @@ def run(task: str, variant: str, seed: int) -> tuple[dict[str, Any], dict[str, A
         "episodes": recipe.eval.episodes,
         "recorded_steps": rows,
         "base": known["base"].to_json(),
+        "base_sha256": recipe.base.load().sha256(),
     }
 
 

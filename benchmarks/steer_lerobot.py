@@ -27,7 +27,7 @@ RUNS = Path("runs/benchmark")
 class Args:
     """What to run."""
 
-    seeds: tuple[int, ...] = (0,)
+    seeds: tuple[int, ...] = (0, 1, 2)
     base: Path = ROOT / "assets" / "nano-smolvla"
     """The base's folder; made when it holds none."""
     workers: int = 2
@@ -57,6 +57,7 @@ def trained(base: Path, seed: int) -> Path:
 
     recipe = recipe_for(base, seed)
     out = RUNS / recipe.name
+    kept_runs.finished(out, recipe)  # refuses another recipe's
     if not (out / "finished").exists():
         kept_runs.trained(recipe, out, evaluate_after=False)
         (out / "finished").touch()

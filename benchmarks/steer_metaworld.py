@@ -18,7 +18,7 @@ from typing import Any
 
 import kept_runs
 import tyro
-from kept_runs import finished, holds, merged, read, settings
+from kept_runs import finished, holds, merged, of_base, read, settings
 
 ROOT = Path(__file__).parent
 RUNS = Path("runs/benchmark")
@@ -123,7 +123,9 @@ def collect(args: Args) -> dict[str, Any]:
             result = json.loads((out / "eval.json").read_text())
             own = {key: result[key] for key in OWN}
             fresh.append({"kind": kind, "settings": settings(recipe), **own, **learning_curve(out)})
-            tasks[task] = {key: result[key] for key in SHARED} | {"runs": tasks.get(task, {}).get("runs", [])}
+            sha256 = result["base_sha256_after"]
+            held = of_base(tasks.get(task, {}), sha256).get("runs", [])
+            tasks[task] = {key: result[key] for key in SHARED} | {"base_sha256": sha256, "runs": held}
         runs = tasks.get(task, {}).get("runs", [])
         of_kind = merged([r for r in runs if r["kind"] == kind], fresh, settings(recipe_for(task, kind, 0)))
         if task in tasks:

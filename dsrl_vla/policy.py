@@ -44,8 +44,9 @@ class PolicySpec:
 
     @property
     def pinned_uri(self) -> str:
-        """`uri`, or where it is a repository of the Hub's the very commit that was loaded."""
-        return f"{self.adapter}:{self.repo_id}@{self.revision}" if self.repo_id and self.revision else self.uri
+        """`uri`, or where that is a repository of the Hub's the very commit that was loaded."""
+        own = self.uri.partition(":")[0] == self.adapter  # and not another machine's that serves it
+        return f"{self.adapter}:{self.repo_id}@{self.revision}" if own and self.repo_id and self.revision else self.uri
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
@@ -62,10 +63,14 @@ def unpack(trainer: Trainer, tensors: Mapping[str, torch.Tensor], state: Mapping
     trainer.updates.resumed()
 
 
-def _offline(trainer: Trainer) -> list[int] | None:
-    """How much offline data there is: observations and transitions."""
-    data = trainer.data
-    return [data.offline.observed, data.offline.added] if isinstance(data, MixedReplay) else None
+def _offline(trainer: Trainer) -> str:
+    """A hash of the offline transitions; empty when there are none."""
+    if not isinstance(trainer.data, MixedReplay):
+        return ""
+    digest, held = hashlib.sha256(), trainer.data.offline.tensors()
+    for name in ("latent", "reward", "discount", "index"):
+        digest.update(held[name].contiguous().numpy().data)
+    return digest.hexdigest()
 
 
 def _check_same(trainer: Trainer, state: Mapping[str, Any]) -> None:
@@ -76,9 +81,8 @@ def _check_same(trainer: Trainer, state: Mapping[str, Any]) -> None:
         check_pair(HeadConfig.from_json(state["head"]), trainer.base)
     except MismatchError as error:
         raise DsrlError(f"{trainer.out}: expected the base that the run began with. {error}") from error
-    if state["offline"] != (now := _offline(trainer)):
-        words = f"the {state['offline']} observations and transitions that the run began with"
-        raise bad(f"{trainer.out}: offline.source", words, now)
+    if state["offline"] != _offline(trainer):
+        raise bad(f"{trainer.out}: offline.source", "the data that the run began with", "others in their place")
 
 
 def resume(trainer: Trainer) -> None:

@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 import numpy as np
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv
+from gymnasium.vector.async_vector_env import AsyncState
 
 from .errors import bad
 from .interrupts import ignore_requests, stop_requests
@@ -59,6 +60,29 @@ def _make_apart(learner: int, *options: Any) -> ChunkEnv:
     if os.getpid() != learner:  # where gymnasium makes one, too, to see its spaces
         ignore_requests()
     return _make_chunked(*options)
+
+
+class _Apart(AsyncVectorEnv):
+    """Environments in processes that heed no SIGTERM: wherever they were to be ended by one, they are killed."""
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        started: list[BaseProcess] = []
+        Finalize(self, _kill, (started,), exitpriority=1)  # before multiprocessing waits for them at its end
+        try:
+            super().__init__(*args, **kwargs)
+        finally:
+            started += getattr(self, "processes", [])
+
+    def close_extras(self, timeout: float | None = None, terminate: bool = False) -> None:
+        """Wait for an answer that is under way no longer than `timeout`."""
+        try:
+            if self._state != AsyncState.DEFAULT:
+                getattr(self, f"{self._state.value}_wait")(timeout)
+        except Exception:
+            terminate = True
+        if terminate:
+            _kill(self.processes)
+        super().close_extras(timeout, terminate=terminate)
 
 
 def _kill(processes: Sequence[BaseProcess]) -> None:
@@ -110,7 +134,7 @@ class VectorTask:
         self.uris = [config.uris[i % len(config.uris)] for i in range(config.num_envs)]
         how = _make_chunked if config.vector == "sync" else functools.partial(_make_apart, os.getpid())
         make = [functools.partial(how, uri, config.max_episode_steps, chunk) for uri in self.uris]
-        vector = SyncVectorEnv if config.vector == "sync" else functools.partial(AsyncVectorEnv, context="spawn")
+        vector = SyncVectorEnv if config.vector == "sync" else functools.partial(_Apart, context="spawn")
         try:
             self.envs: Any = vector(make, autoreset_mode=AutoresetMode.DISABLED)
         except (AssertionError, RuntimeError) as error:
@@ -121,8 +145,6 @@ class VectorTask:
             fix = "Name it <package>:<Name-v0>, so that the process imports what registers it, or set vector: sync."
             words = f"an environment that a process of its own can make of '{config.uri}'"
             raise bad("task.vector async", words, f"{type(error).__name__}", fix) from error
-        processes = list(getattr(self.envs, "processes", ()))
-        Finalize(self, _kill, (processes,), exitpriority=1)  # or the end would wait for what heeds no SIGTERM
         self.infos: list[TaskInfo] = list(self.envs.get_attr("info"))
         self._signals = contextlib.ExitStack()
         if len(measures := sorted({info.measure for info in self.infos})) > 1:

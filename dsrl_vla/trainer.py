@@ -170,7 +170,7 @@ class Trainer:
             log.warning("interrupted; go on with: dsrl-vla train %s --out %s --resume", recipe, self.out)
         elif not self.learner.updates:
             wanted = f"steps for more than the {config.learning_starts} decisions of train.learning_starts"
-            each = (collector.env_steps - self.searched) / collector.decisions
+            each = (collector.env_steps - self.searched) / max(1, collector.decisions)
             least = self.searched + math.ceil(config.learning_starts * each)
             got = f"{collector.decisions} decisions: nothing has been learnt"
             raise bad(f"train.env_steps {config.env_steps}", wanted, got, f"About {least} steps make so many.")

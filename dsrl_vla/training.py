@@ -89,12 +89,15 @@ def train(
     check_device("train.device", recipe.train.device)
     if isinstance(team, LaunchedTeam) and not team.leads:
         return RunResult(_follow(team, recipe), None, out, leads=False)
-    _prepare(recipe, out, resume)
+    if resume and not (out / "recipe.yaml").exists():
+        raise bad(f"{out}", "a run to resume", "no recipe.yaml there")
+    make_folder(out)
     if base is not None and base.spec.uri != recipe.base.uri:
         words = "%s: the base is '%s', but other commands will load the recipe's, '%s', for this run. Set base.uri."
         log.warning(words, out, base.spec.uri, recipe.base.uri)
     with contextlib.ExitStack() as stack:
         stack.enter_context(alone(out))
+        _prepare(recipe, out, resume)
         base = base or recipe.base.load()
         held_out = stack.enter_context(VectorTask(recipe.task, base.spec.executed_steps))
         # Workers have environments of their own; what is asked of the task here, the other one can answer.
@@ -193,12 +196,9 @@ def _prepare(recipe: Recipe, out: Path, resume: bool) -> None:
         )
     if path.exists() and not resume and not _resolved(path):
         raise bad(f"{out}", "a new directory", f"one with a recipe of your own, {path}", "Choose another --out.")
-    if resume and not path.exists():
-        raise bad(f"{out}", "a run to resume", "no recipe.yaml there")
     if resume and (started := load_recipe(path)) != recipe:
         got = f"another one, which differs in {', '.join(differing(started, recipe)) or 'its name'}"
         raise bad(f"{path}", "the recipe this run was started with", got, "Give the same options again, or none.")
-    make_folder(out)
     write_text(path, recipe.to_yaml())
 
 

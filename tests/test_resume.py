@@ -1,8 +1,8 @@
 """A run that is cut off goes on bit for bit, and what is not finite or cannot be written does not end it."""
 
+import errno
 import json
 import os
-import resource
 import shutil
 import signal
 import subprocess
@@ -349,6 +349,28 @@ def test_a_run_is_not_gone_on_with_on_another_base(fork_folder, tmp_path, monkey
     assert train(recipe, out, resume=True, evaluate_after=False).head is not None
 
 
+def test_a_run_is_not_gone_on_with_on_other_offline_data(fork_folder, fork_base, tmp_path, monkeypatch):
+    from dsrl_vla.cli import main
+
+    made, out = tree(fork_folder), tmp_path / "run"
+    made["algorithm"], made["offline"] = "na", {"source": str(tmp_path / "data.npz"), "updates": 4}
+    recipe = load_recipe("drawer-open", made)
+    (tmp_path / "plain.yaml").write_text(load_recipe("drawer-open", made | {"offline": {}}).to_yaml())
+
+    def record(skip):
+        (tmp_path / "data.npz").unlink(missing_ok=True)
+        options = ["--episodes", "3", "--skip", skip, "--out", str(tmp_path / "data.npz")]
+        assert not main(["record", str(tmp_path / "plain.yaml"), *options])
+
+    record("0")
+    cut(recipe, out, 45, monkeypatch)
+    record("3")
+    with pytest.raises(DsrlError, match="offline.source: expected the data that the run began with, got others"):
+        train(recipe, out, resume=True)
+    record("0")
+    train(recipe, out, resume=True, evaluate_after=False)
+
+
 def test_only_one_process_at_a_time_is_at_a_run(fork_folder, tmp_path, monkeypatch):
     recipe, out, refused = recipe_of(fork_folder, env_steps=400), tmp_path / "run", []
     original = Collector.step
@@ -357,6 +379,9 @@ def test_only_one_process_at_a_time_is_at_a_run(fork_folder, tmp_path, monkeypat
         if not refused:
             with pytest.raises(DsrlError, match="expected a run that no process is at") as error:
                 train(recipe, out, resume=True)
+            with pytest.raises(DsrlError, match="expected a run that no process is at"):
+                train(recipe_of(fork_folder, env_steps=500), out)
+            assert load_recipe(out / "recipe.yaml") == recipe
             refused.append(error)
         original(self, warm_up)
 
@@ -608,8 +633,8 @@ def test_a_disk_that_stays_full_is_an_error_at_the_end_and_the_last_checkpoint_i
 @pytest.mark.parametrize(
     ("error", "words"),
     [
-        (OSError(122, "Disk quota exceeded"), "expected room on the disk, got a full one"),
-        (safetensors.SafetensorError("I/O error: Disk quota exceeded (os error 122)"), "expected room on the disk"),
+        (OSError(errno.EDQUOT, "Disk quota exceeded"), "expected room on the disk, got a full one"),
+        (safetensors.SafetensorError(f"I/O error: (os error {errno.EDQUOT})"), "expected room on the disk"),
         (safetensors.SafetensorError("I/O error: (os error 5)"), "expected a disk that takes what is written, got"),
     ],
 )
@@ -653,6 +678,8 @@ def falling():
 
 
 def test_lines_that_could_not_be_written_come_with_the_next(tmp_path, monkeypatch):
+    import resource
+
     metrics = Metrics(tmp_path / "m" / "metrics.jsonl")
     metrics.append({"env_steps": 1})
     assert metrics.pending

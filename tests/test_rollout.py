@@ -1,3 +1,6 @@
+import os
+import subprocess
+import sys
 import time
 from dataclasses import replace
 
@@ -126,6 +129,51 @@ def test_environments_that_do_not_come_to_their_end_are_ended(how):
     start = time.monotonic()
     task.close()
     assert time.monotonic() - start < 20 and not any(process.is_alive() for process in processes)
+
+
+STUCK = """
+import time
+import gymnasium as gym
+import numpy as np
+
+class Stuck(gym.Env):
+    action_space = gym.spaces.Box(-1, 1, (2,), np.float32)
+
+    def __init__(self, width=4, **_):
+        self.observation_space = gym.spaces.Box(-1, 1, (width,), np.float32)
+
+    def reset(self, **_):
+        return self.observation_space.low, {}
+
+    def step(self, action):
+        time.sleep(600)
+
+gym.register("Stuck-v0", "stuck:Stuck")
+gym.register("Wide-v0", "stuck:Stuck", kwargs={"width": 6})
+"""
+CHILD = """
+import numpy as np
+from dsrl_vla import rollout
+from dsrl_vla.rollout import TaskConfig, VectorTask
+
+if __name__ == "__main__":
+    rollout._GRACE_S = 0.5
+    task = VectorTask(TaskConfig("gymnasium:stuck:Stuck-v0", 40, 2, "async", more=MORE), 4)
+    task.reset([0, 1])
+    task.envs.step_async(np.zeros((2, 4, 2), np.float32))
+    task.close()
+"""
+
+
+@pytest.mark.parametrize(("more", "end"), [((), 0), (("gymnasium:stuck:Wide-v0",), 1)])
+def test_processes_that_heed_no_sigterm_keep_nobody_from_its_end(more, end, tmp_path):
+    """A step without an end; and a vector that could not be made whole, whose error holds it to the end."""
+    (tmp_path / "stuck.py").write_text(STUCK)
+    (tmp_path / "child.py").write_text(CHILD.replace("MORE", repr(more)))
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    command = [sys.executable, str(tmp_path / "child.py")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, env=environment)
+    assert done.returncode == end and ("same observation" in done.stderr) == bool(end), done.stderr
 
 
 def test_what_is_not_finite_ends_an_episode_at_once_and_a_return_is_not_made_up(fork_base, monkeypatch):

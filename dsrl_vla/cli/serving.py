@@ -107,7 +107,8 @@ def load(args: ServeArgs) -> tuple[Any, Any]:
         uri = head.config.base_uri
         check_named(uri, f"{folder / CONFIG}", f"dsrl-vla serve '{uri}' --head {folder}")
         beside = base_beside(folder)
-        return load_base(uri, **beside.options, **({"dtype": beside.dtype} | options)), head
+        own = {"dtype": beside.dtype} if (folder / "recipe.yaml").is_file() else {}
+        return load_base(uri, **beside.options, **(own | options)), head
     if not (folder / "recipe.yaml").exists():
         if ":" not in args.target:
             raise bad("serve", "a base's URI such as 'nano:', or a run's directory", f"'{args.target}'")

@@ -81,7 +81,7 @@ class ProcessLink:
 def _settle() -> None:
     """Leave signals to the learner, which ends its workers when it is ready, and do not outlive it."""
     ignore_terminal()
-    # Not SIG_IGN, which environments in processes of their own would inherit: they are ended by this signal.
+    # Not SIG_IGN, which processes that are started from here would inherit.
     signal.signal(signal.SIGTERM, lambda *_: None)
     parent = multiprocessing.parent_process()
     assert parent is not None

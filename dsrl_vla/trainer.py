@@ -139,6 +139,8 @@ class Trainer:
         )
         with Tracker(self.recipe, self.out) as tracker, self.updates.team, stop_requests(collector.live) as asked, bar:
             try:
+                if collector.live and not collector.episodes:  # its journal does not say which base it is of
+                    self.checkpoint()
                 self._learn_offline(asked)
                 if self.owed and not asked.is_set():
                     tracker.log(self.report(self.validate()), collector.env_steps)

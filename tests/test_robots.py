@@ -851,6 +851,35 @@ def test_a_better_head_outlives_a_crash_before_the_next_checkpoint(fork_folder, 
     assert found[:2] == [0.25, 1.0] and found.count(0.5) >= 2
 
 
+def test_a_journal_alone_is_not_gone_on_with_on_another_base(fork_folder, tmp_path, monkeypatch):
+    import shutil
+
+    from dsrl_vla import load_recipe, train
+    from dsrl_vla.live_collect import EpisodeCollector
+    from safetensors.torch import load_file, save_file
+
+    base, out, step = tmp_path / "base", tmp_path / "run", EpisodeCollector.step
+    shutil.copytree(fork_folder, base)
+    tree = robot_run(base, write_file(tmp_path), env_steps=60, learning_starts=3, stop_at=None)
+    recipe = load_recipe("drawer-open", tree)
+
+    def dying(self, warm_up):
+        if self.episodes == 2:
+            raise RuntimeError("killed")
+        step(self, warm_up)
+
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="killed"):
+        patch.setattr(EpisodeCollector, "step", dying)
+        train(recipe, out, evaluate_after=False)
+    weights = base / "model.safetensors"
+    save_file({name: value + 0.5 for name, value in load_file(weights).items()}, weights)
+    with pytest.raises(DsrlError, match="expected the base that the run began with"):
+        train(recipe, out, resume=True)
+    shutil.copytree(fork_folder, base, dirs_exist_ok=True)
+    train(recipe, out, resume=True, evaluate_after=False)
+    assert len(list((out / "episodes").glob("episode_*.safetensors"))) > 2
+
+
 @pytest.mark.usefixtures("at_a_terminal")
 @pytest.mark.parametrize("when", ["episode", "validation"])
 def test_ctrl_c_stops_the_robot_first_and_a_validation_it_cut_off_is_made_up(when, fork_folder, tmp_path, monkeypatch):

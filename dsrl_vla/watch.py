@@ -1,7 +1,7 @@
 """Watching over a run: what goes wrong in latent RL, noticed while it happens and said in words.
 
 Four ailments, each seen in the reference's runs or in ours: the critic promises more than episodes bring; the
-actor's entropy collapses; success falls from its best; nothing has been learnt at all by half-time. A warning
+actor's entropy collapses; success falls from its best; nothing has been learnt at all after two thirds. A warning
 is given once, and again only after its cause has gone and come back. What is saved is the best head anyway.
 """
 
@@ -20,6 +20,8 @@ from .measures import YARDSTICKS, Yardstick
 from .n_step import Decision
 from .replay import Replay
 
+_LATE = 2 / 3
+"""Of the environment steps. At half of them too many are told so that learn yet."""
 _LEAST_GAP = 0.05  # below which a critic's promise is noise, whatever the episodes brought
 
 
@@ -151,11 +153,11 @@ class Watch:
         )
 
     def _stuck(self, steps: float) -> str:
-        half = self.env_steps / 2 <= steps < self.env_steps
-        if not half or self.seen < 2 or self.yardstick.risen(self.best, self.first):
+        late = self.env_steps * _LATE <= steps < self.env_steps
+        if not late or self.seen < 2 or self.yardstick.risen(self.best, self.first):
             return ""
         name, digits = self.yardstick.name, self.yardstick.digits(self.best)
         return (
-            f"half of the steps are used and validation {name} has not risen (first {self.first:.{digits}f}, best "
-            f"{self.best:.{digits}f}). {self.yardstick.search}"
+            f"two thirds of the steps are used and validation {name} has not risen (first {self.first:.{digits}f}, "
+            f"best {self.best:.{digits}f}). {self.yardstick.search}"
         )

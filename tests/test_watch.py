@@ -12,7 +12,7 @@ from dsrl_vla.watch import Finished, Watch, value_gap
 
 
 def watch():
-    return Watch(target_entropy=-0.5, episodes=50, env_steps=10_000)
+    return Watch(target_entropy=-0.5, episodes=50, env_steps=7_500)
 
 
 def rows(**columns):
@@ -46,7 +46,7 @@ def test_a_healthy_run_says_nothing():
             {"validation_success": [0.2, 0.96, 0.55]},
             "at 3000 steps: validation success fell to 0.55 from",
         ),
-        ({"validation_success": [0.3, 0.2, 0.3, 0.3, 0.25]}, "at 5000 steps: half of the steps are used"),
+        ({"validation_success": [0.3, 0.2, 0.3, 0.3, 0.25]}, "at 5000 steps: two thirds of the steps are used"),
     ],
 )
 def test_each_ailment_is_named_with_what_to_do(columns, words):
@@ -69,7 +69,7 @@ def test_a_promise_in_the_noise_is_no_news():
 
 
 def test_where_preflight_cannot_help_it_is_not_advised():
-    seen = Watch(target_entropy=-0.5, episodes=10, env_steps=10_000, yardstick=YARDSTICKS["return"])
+    seen = Watch(target_entropy=-0.5, episodes=10, env_steps=7_500, yardstick=YARDSTICKS["return"])
     for row in rows(validation_return=[900.0, 910.0, 905.0, 900.0, 890.0]):
         seen.see(row)
     assert len(seen.warnings) == 1 and seen.warnings[0].endswith(

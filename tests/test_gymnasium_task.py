@@ -177,7 +177,7 @@ def test_the_watch_judges_a_return_by_its_own_scale():
     watch = Watch(-0.5, 10, 10_000, YARDSTICKS["return"])
     assert not [w for row in rows(-300.0, 1100.0, 1000.0, 2000.0, 1800.0, 1900.0) for w in watch.see(row)]
     assert "validation return fell to 900 from its best, 2000" in watch.see({"env_steps": 7000} | rows(900.0)[0])[0]
-    watch = Watch(-0.5, 10, 4000, YARDSTICKS["return"])
+    watch = Watch(-0.5, 10, 3000, YARDSTICKS["return"])
     said = [w for row in rows(1100.0, 1000.0, 1120.0) for w in watch.see(row)]
     assert len(said) == 1 and "validation return has not risen (first 1100, best 1100)" in said[0]
 

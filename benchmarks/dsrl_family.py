@@ -213,7 +213,7 @@ def collect(args: Args) -> dict[str, Any]:
             if not of_base(found.get(task, {}), sha256):
                 found[task] = {"base": result["base"], "variants": {}}
             found[task]["base_sha256"] = sha256
-            if result.get("controls"):  # a ticket's evaluation has none; those that are there go with the base's figures
+            if result.get("controls"):  # a ticket's evaluation has none; what is there goes with the base's figures
                 found[task].setdefault("controls", result["controls"])
         old = found.get(task, {}).get("variants", {}).get(variant, [])
         runs = merged(old, fresh, wanted(task, variant, 0))

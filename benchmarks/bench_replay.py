@@ -144,9 +144,9 @@ def main() -> int:
         command = [args.lerobot, __file__, "--child", "--rounds", str(args.rounds)]
         path = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
         said = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=path).stdout
-        found |= json.loads(said.splitlines()[-1])
-        for name in ("LeRobot's learner", "LeRobot"):
-            wanted += goals(name, found[name], 0.15, 8.0)
+        for name, other in json.loads(said.splitlines()[-1]).items():
+            found[name] = other
+            wanted += goals(name, other, 0.15, 8.0)
     return finish("replay", wanted, rounds=args.rounds, against=found, on_disk=on_disk(args.rounds))
 
 

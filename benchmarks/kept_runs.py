@@ -17,6 +17,7 @@ from dsrl_vla import seeds as ranges
 from dsrl_vla.cli import main as command
 from dsrl_vla.episodes import Episode
 from dsrl_vla.evaluation import Measure, measure, measure_base, paired_difference
+from dsrl_vla.policy import FrozenPolicy
 from dsrl_vla.recipe import Recipe, flat, load_recipe
 from dsrl_vla.rollout import VectorTask
 from dsrl_vla.sources import NoiseSource
@@ -122,11 +123,11 @@ def finished(out: Path, recipe: Recipe) -> bool:
     return (out / "eval.json").exists()
 
 
-def _decisive(recipe: Recipe) -> dict[str, Any]:
+def _decisive(recipe: Recipe, base: FrozenPolicy) -> dict[str, Any]:
     """What decides how a base does and what its episodes are."""
     names = ("base.", "task.", "noise.", "eval.episodes")
     own = {key: value for key, value in settings(recipe).items() if key.startswith(names)}
-    return own | {"sha256": recipe.base.load().sha256()}
+    return own | {"sha256": base.sha256()}
 
 
 def base_measures(path: Path, recipe: Recipe) -> dict[str, Measure]:
@@ -134,8 +135,8 @@ def base_measures(path: Path, recipe: Recipe) -> dict[str, Measure]:
 
     They are measured again when base, task, layout or number of episodes are no longer what they were.
     """
-    base, of = recipe.base.load(), _decisive(recipe)
-    kept = read(path)
+    base, kept = recipe.base.load(), read(path)
+    of = _decisive(recipe, base)
     if kept.get("of") != of:
         episodes = ranges.block(ranges.EVALUATION, recipe.eval.episodes)
         with VectorTask(recipe.task, base.spec.executed_steps) as task:
@@ -147,7 +148,8 @@ def base_measures(path: Path, recipe: Recipe) -> dict[str, Measure]:
 
 def recorded(recipe: str, noise: str, episodes: int, out: Path) -> None:
     """Record offline episodes of a shipped recipe's base, unless they are there, of that base, task and layout."""
-    of, told = _decisive(load_recipe(recipe)) | {"noise": noise, "episodes": episodes}, out.with_suffix(".of.json")
+    shipped, told = load_recipe(recipe), out.with_suffix(".of.json")
+    of = _decisive(shipped, shipped.base.load()) | {"noise": noise, "episodes": episodes}
     if out.exists() and read(told) == of:
         return
     out.unlink(missing_ok=True)

@@ -12,6 +12,7 @@ from typing import Any
 from .artefact import CURVES, EVAL, RECIPE, VIDEO
 from .head_config import HeadConfig
 from .measures import shown, shown_gain, value, yardstick
+from .policy import pinned
 from .recipe import base_beside
 
 _METRICS = {"success": "success_rate", "return": "mean_return"}
@@ -33,9 +34,7 @@ def head_card(config: HeadConfig, folder: Path) -> str:
         if result
         else "What it was trained on is not recorded; it means nothing on another task or base.",
         results=_results(result, folder) if result else "It was pushed without an evaluation.\n",
-        base_arguments=_base_arguments(
-            result["base_uri"] if result and not config.revision else config.base_uri, folder
-        ),
+        base_arguments=_base_arguments(_base_uri(config, result), folder),
         source='"<this repository>"',
         executed=config.executed_steps,
         actions=config.action_dim or "A",
@@ -52,6 +51,13 @@ def head_card(config: HeadConfig, folder: Path) -> str:
         footnote=f"\nThe whole recipe is in `{RECIPE}`." if (folder / RECIPE).is_file() else "",
     )
     return f"---\n{_metadata(config, result).to_yaml()}\n---\n{body}"
+
+
+def _base_uri(config: HeadConfig, result: dict[str, Any] | None) -> str:
+    """Of the base as it was loaded for the run, if there was one."""
+    if result is None:
+        return config.base_uri
+    return pinned(result["base_uri"], config.adapter, config.base_model_name_or_path, config.revision)
 
 
 def _base_arguments(uri: str, folder: Path) -> str:

@@ -96,11 +96,16 @@ def fetch(
     except DsrlError:
         raise
     except Exception as error:
-        has = "only a part" if type(error).__name__ == "IncompleteSnapshotError" else "none"
+        has = "only a part" if _in_part(error) else "none"
         asked = f"the Hub could not be asked (no network, or HF_HUB_OFFLINE) and its cache has {has}"
         words = asked if offline else " ".join(str(error).split())
         raise bad(f"head '{name}'", "a folder or a Hub repository", f"no such folder here, and {words}") from error
     return Path(path)
+
+
+def _in_part(error: BaseException | None) -> bool:
+    """Whether the Hub's cache has only some of what was asked for; older versions of it do not know."""
+    return type(error).__name__ == "IncompleteSnapshotError"
 
 
 def _check_remote(api: Any, repo_id: str, revision: str | None, files: Collection[str]) -> bool:
@@ -245,7 +250,9 @@ def inspect(source: str, revision: str | None = None, **options: Any) -> dict[st
 
     try:
         folder = fetch(source, revision, files=tuple(LARGEST), **options)
-    except DsrlError:  # a cache that nobody can fill may have the head alone
+    except DsrlError as error:  # a cache that nobody can fill may have the head alone
+        if not _in_part(error.__cause__):
+            raise
         folder = fetch(source, revision, **options)
     head = SteeringHead.from_pretrained(folder)
     config, files = read_config(folder, source), held(folder)

@@ -7,7 +7,6 @@ any moment leaves every finished episode whole. Nothing is ever changed or delet
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
 import os
@@ -24,7 +23,7 @@ from .errors import bad
 from .head import HeadInputs
 from .observation import IMAGE_PREFIX
 from .replay import Extras
-from .run_dir import disk_errors
+from .run_dir import digest, disk_errors
 
 FOLDER = "episodes"
 _PNG, _ENDS = "#png", "#ends"
@@ -83,7 +82,7 @@ class Journal:
                 tensors |= {f"{part}.{key}{end}": torch.as_tensor(v) for end, v in packed.items()}
         plain = {k: v for k, v in vars(record).items() if k not in (*_PARTS, "noise")}
         tensors = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
-        metadata = {"episode": json.dumps(plain), "sha256": _digest(tensors)}
+        metadata = {"episode": json.dumps(plain), "sha256": digest(tensors)}
         path = self._path(record.number)
         temporary = path.with_name(path.name + ".tmp")
         with disk_errors(self.folder):
@@ -116,7 +115,7 @@ class Journal:
             plain: dict[str, Any] = json.loads(metadata["episode"])
         except Exception as error:
             raise bad(f"{path}", "an episode of a journal", f"{error}") from error
-        if _digest(tensors) != metadata["sha256"]:
+        if digest(tensors) != metadata["sha256"]:
             raise bad(f"{path}", "the content that was written (by its sha256)", "another", "The disk has changed it.")
         part = lambda name: {k.split(".", 1)[1]: v for k, v in tensors.items() if k.startswith(f"{name}.")}
         steps = _unpack({k: v.numpy() for k, v in part("steps").items()})
@@ -151,14 +150,6 @@ def _unpack(columns: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         parts = np.split(columns[key + _PNG], columns[key + _ENDS][:-1])
         found[key] = np.stack([np.asarray(Image.open(io.BytesIO(part.tobytes()))) for part in parts])
     return found
-
-
-def _digest(tensors: dict[str, torch.Tensor]) -> str:
-    digest = hashlib.sha256()
-    for name, tensor in sorted(tensors.items()):
-        digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
 
 
 def _sync_folder(folder: Path) -> None:

@@ -10,6 +10,7 @@ An episode is a mapping of arrays, one row per environment step: ``observation.s
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, fields
@@ -27,6 +28,7 @@ from .noise_bank import Keeper
 from .observation import IMAGE_PREFIX, PROMPT, STATE, Observations
 from .policy import FrozenPolicy
 from .replay import Batch, Replay
+from .run_dir import digest
 
 OfflineEpisode = dict[str, Any]
 Relabel = Callable[[OfflineEpisode], OfflineEpisode]
@@ -230,6 +232,12 @@ class MixedReplay:
     ) -> Iterator[Batch]:
         """As `Replay.batches`."""
         return (self.sample(size, rng).to(device) for _ in range(count))
+
+    @functools.cached_property
+    def sha256(self) -> str:
+        """Of the offline transitions, which never change."""
+        held = self.offline.tensors()
+        return digest({name: held[name] for name in ("latent", "reward", "discount", "index")})
 
     def observations(self) -> HeadInputs:
         """As `Replay.observations`, both stores after one another."""

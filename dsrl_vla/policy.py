@@ -7,7 +7,6 @@ sampler run from the noise the head picked. The base is frozen: nothing here or 
 from __future__ import annotations
 
 import abc
-import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -18,6 +17,7 @@ from .errors import DsrlError, bad
 from .noise import NoiseSpace, generators
 from .observation import Observations, ObservationSpec, unsqueeze
 from .pairing import Fingerprint, take_fingerprint
+from .run_dir import digest
 
 if TYPE_CHECKING:
     from .tasks.base import TaskInfo
@@ -45,8 +45,14 @@ class PolicySpec:
     @property
     def pinned_uri(self) -> str:
         """`uri`, or where that is a repository of the Hub's the very commit that was loaded."""
-        own = self.uri.partition(":")[0] == self.adapter  # and not another machine's that serves it
-        return f"{self.adapter}:{self.repo_id}@{self.revision}" if own and self.repo_id and self.revision else self.uri
+        return pinned(self.uri, self.adapter, self.repo_id, self.revision)
+
+
+def pinned(uri: str, adapter: str, repo_id: str, revision: str) -> str:
+    """A base's URI, at the commit of the Hub's repository that it is; where another machine serves it, or it is no
+    repository's, as it is."""
+    own = uri.partition(":")[0] == adapter
+    return f"{adapter}:{repo_id}@{revision}" if own and repo_id and revision else uri
 
 
 @dataclass(frozen=True)
@@ -143,11 +149,7 @@ class FrozenPolicy(abc.ABC):
 
     def sha256(self) -> str:
         """Hash of every weight, in name order: the proof that training left the base alone."""
-        digest = hashlib.sha256()
-        for name, tensor in sorted(self.state_dict().items()):
-            digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
-            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-        return digest.hexdigest()
+        return digest(self.state_dict())
 
     def processors(self) -> Mapping[str, Any]:
         """What turns observations into the model's inputs and its outputs into actions, by name and JSON-able:

@@ -74,7 +74,7 @@ class _Apart(AsyncVectorEnv):
             started += getattr(self, "processes", [])
 
     def close_extras(self, timeout: float | None = None, terminate: bool = False) -> None:
-        """Wait for an answer that is under way no longer than `timeout`."""
+        """Wait for an answer that is under way no longer than `timeout`; end whoever has not ended by then."""
         try:
             if self._state != AsyncState.DEFAULT:
                 getattr(self, f"{self._state.value}_wait")(timeout)
@@ -82,7 +82,11 @@ class _Apart(AsyncVectorEnv):
             terminate = True
         if terminate:
             _kill(self.processes)
-        super().close_extras(timeout, terminate=terminate)
+        try:
+            with contextlib.suppress(ConnectionError, EOFError):
+                super().close_extras(timeout, terminate=terminate)
+        finally:
+            _kill(self.processes)
 
 
 def _kill(processes: Sequence[BaseProcess]) -> None:
@@ -228,14 +232,7 @@ class VectorTask:
 
     def close(self) -> None:
         """Close every environment; a process that has died, or does not come to its end, is ended."""
-        if self.config.vector == "sync":
-            self.envs.close()
-            return
-        try:
-            with contextlib.suppress(ConnectionError, EOFError):
-                self.envs.close(timeout=_GRACE_S)
-        finally:
-            _kill(self.envs.processes)
+        self.envs.close(timeout=_GRACE_S)
 
     def __enter__(self) -> VectorTask:
         if self.info.live:  # a signal is to leave the block, which stops the robot

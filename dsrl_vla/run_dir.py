@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import hashlib
 import json
 import logging
 import math
@@ -51,6 +52,15 @@ def disk_errors(path: Path) -> Iterator[None]:
         if type(error).__name__ == "SafetensorError":
             raise DsrlError(f"{path}: expected a disk that takes what is written, got {text}") from error
         raise
+
+
+def digest(tensors: Mapping[str, torch.Tensor]) -> str:
+    """SHA-256 of named tensors in name order, to the last bit."""
+    found = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        found.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
+        found.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()
 
 
 @contextlib.contextmanager

@@ -21,6 +21,7 @@ from dsrl_vla.head import HeadConfig
 from dsrl_vla.hub import fetch, inspect, pull, push, shipped_heads, write_artefact
 from dsrl_vla.networks import NetworkConfig
 from dsrl_vla.noise import NoiseLayout
+from dsrl_vla.policy import pinned
 from huggingface_hub import ModelCard
 
 REPO = "lab/drawer-head"
@@ -223,6 +224,12 @@ def test_a_hub_that_is_down_is_no_hub_at_all(hub, head, tmp_path):
     SteeringHead.from_pretrained(REPO, **options(hub, tmp_path))
     hub.down = True
     assert same(SteeringHead.from_pretrained(REPO, **options(hub, tmp_path)), head)
+
+
+def test_a_base_of_the_hub_is_named_at_its_commit_and_one_served_elsewhere_as_it_was():
+    assert pinned("transformers:lab/pi0", "transformers", "lab/pi0", "c0ffee") == "transformers:lab/pi0@c0ffee"
+    assert pinned("remote:ws://gpu:8000", "transformers", "lab/pi0", "c0ffee") == "remote:ws://gpu:8000"
+    assert pinned("nano:", "transformers", "nano:", "") == "nano:"
 
 
 def test_a_cached_head_can_be_looked_into_though_the_rest_was_never_fetched(hub, head, run, tmp_path):

@@ -819,30 +819,39 @@ def test_a_robot_is_not_filmed(fork_folder, tmp_path, monkeypatch):
     assert run.evaluation and (tmp_path / "run" / "curves.png").exists()
 
 
-def test_a_better_head_outlives_a_crash_before_the_next_checkpoint(fork_folder, tmp_path, monkeypatch):
-    from dsrl_vla import load_recipe, train, trainer
-    from dsrl_vla.episodes import Episode
-    from dsrl_vla.evaluation import Measure
+def train_until(episode, recipe, out, monkeypatch):
+    """Train, and be killed before that episode."""
+    from dsrl_vla import train
     from dsrl_vla.live_collect import EpisodeCollector
-    from dsrl_vla.run_dir import Metrics
 
-    path, out = write_file(tmp_path), tmp_path / "run"
-    tree = robot_run(
-        fork_folder, path, env_steps=60, learning_starts=3, gradient_steps=1.0, validate_every=12, stop_at=None
-    )
-    recipe, step = load_recipe("drawer-open", tree), EpisodeCollector.step
-    scores = iter([0.25, 1.0, 0.5, 0.5, 0.5, 0.5])
-    won = lambda score: Measure(tuple(Episode(i, i < 4 * score, 10, 0.0) for i in range(4)))
-    monkeypatch.setattr(trainer, "measure", lambda *_, **__: won(next(scores)))
+    step = EpisodeCollector.step
 
     def dying(self, warm_up):
-        if self.episodes == 4:
+        if self.episodes == episode:
             raise RuntimeError("killed")
         step(self, warm_up)
 
     with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="killed"):
         patch.setattr(EpisodeCollector, "step", dying)
         train(recipe, out, evaluate_after=False)
+
+
+def test_a_better_head_outlives_a_crash_before_the_next_checkpoint(fork_folder, tmp_path, monkeypatch):
+    from dsrl_vla import load_recipe, train, trainer
+    from dsrl_vla.episodes import Episode
+    from dsrl_vla.evaluation import Measure
+    from dsrl_vla.run_dir import Metrics
+
+    path, out = write_file(tmp_path), tmp_path / "run"
+    tree = robot_run(
+        fork_folder, path, env_steps=60, learning_starts=3, gradient_steps=1.0, validate_every=12, stop_at=None
+    )
+    recipe = load_recipe("drawer-open", tree)
+    scores = iter([0.25, 1.0, 0.5, 0.5, 0.5, 0.5])
+    won = lambda score: Measure(tuple(Episode(i, i < 4 * score, 10, 0.0) for i in range(4)))
+    monkeypatch.setattr(trainer, "measure", lambda *_, **__: won(next(scores)))
+
+    train_until(4, recipe, out, monkeypatch)
     best = (out / "best" / "head.safetensors").read_bytes()
     assert json.loads((out / "finalists.json").read_text())["finalists"][0]["mean"] == 1.0
     train(recipe, out, resume=True, evaluate_after=False)
@@ -855,22 +864,14 @@ def test_a_journal_alone_is_not_gone_on_with_on_another_base(fork_folder, tmp_pa
     import shutil
 
     from dsrl_vla import load_recipe, train
-    from dsrl_vla.live_collect import EpisodeCollector
     from safetensors.torch import load_file, save_file
 
-    base, out, step = tmp_path / "base", tmp_path / "run", EpisodeCollector.step
+    base, out = tmp_path / "base", tmp_path / "run"
     shutil.copytree(fork_folder, base)
     tree = robot_run(base, write_file(tmp_path), env_steps=60, learning_starts=3, stop_at=None)
     recipe = load_recipe("drawer-open", tree)
 
-    def dying(self, warm_up):
-        if self.episodes == 2:
-            raise RuntimeError("killed")
-        step(self, warm_up)
-
-    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="killed"):
-        patch.setattr(EpisodeCollector, "step", dying)
-        train(recipe, out, evaluate_after=False)
+    train_until(2, recipe, out, monkeypatch)
     weights = base / "model.safetensors"
     save_file({name: value + 0.5 for name, value in load_file(weights).items()}, weights)
     with pytest.raises(DsrlError, match="expected the base that the run began with"):

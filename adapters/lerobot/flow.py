@@ -20,6 +20,7 @@ class FlowStep(Split):
 
     seam = "model.denoise_step"
     backbone = "paligemma_with_expert"
+    spares = True
 
     @property
     def noise(self) -> NoiseSpace:
@@ -53,9 +54,6 @@ class Pi0(FlowStep):
 
     interface = {"model.denoise_step": ("state", *_STEP)}
 
-    def most_absent(self) -> int:
-        return len(self.config.image_features)
-
     @property
     def feature_dim(self) -> int:
         return self.policy.model.paligemma_with_expert.paligemma.config.text_config.hidden_size
@@ -77,9 +75,6 @@ class SmolVLA(FlowStep):
 
     interface = {"model.denoise_step": _STEP}
     backbone = "vlm_with_expert"
-
-    def most_absent(self) -> int:
-        return len(self.config.image_features)
 
     @property
     def sampler_steps(self) -> int:

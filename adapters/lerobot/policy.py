@@ -170,8 +170,8 @@ def _check_absent(split: Split, absent: Sequence[str]) -> None:
     theirs = [camera_of(key) for key in split.config.image_features]
     if unknown := [name for name in absent if name not in theirs]:
         raise bad("base.absent", f"cameras of the policy: {', '.join(theirs) or 'none'}", ", ".join(unknown))
-    empty = sum(name.startswith("empty_camera_") for name in theirs)
-    most = min(len(theirs) - empty - 1, split.most_absent())
+    real = sum(not name.startswith("empty_camera_") for name in theirs)
+    most = real - 1 if split.spares else 0
     if len(absent) > most:
         raise bad("base.absent", f"at most {most} of this policy's cameras left out", ", ".join(absent))
 

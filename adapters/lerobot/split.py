@@ -27,6 +27,8 @@ class Split(abc.ABC):
     prompt: ClassVar[bool] = True
     resizes: ClassVar[bool] = True
     """Whether the policy takes images of any size."""
+    spares: ClassVar[bool] = False
+    """Whether the policy's own code does without cameras that are not in the batch, all but one."""
     entry: ClassVar[str] = "predict_action_chunk"
     """The policy's method that turns a batch into a chunk."""
 
@@ -34,10 +36,6 @@ class Split(abc.ABC):
         self.policy, self.config = policy, policy.config
         self.refuse(self.config)
         self._check_interface()
-
-    def most_absent(self) -> int:
-        """How many cameras the policy's own code does without, if there are none of them in the batch."""
-        return 0
 
     @property
     @abc.abstractmethod

@@ -109,6 +109,7 @@ def decisions(base: Any, rounds: int) -> dict[str, np.ndarray]:
         base.spec, NoiseLayout(base.spec.noise, "repeat", 1.5), NetworkConfig(), fingerprint=None
     )
     head, seen = SteeringHead(config).eval(), example(base)
+    head.calibrate(head.read(unsqueeze(seen), base.encode(unsqueeze(seen))))  # or nothing would be checked for
     policy, far = SteeredPolicy(base, copy.deepcopy(head)), SteeredPolicy(base, head)
     far.head.cpu()
     by_python = launched(base)

@@ -142,11 +142,12 @@ class Guard:
             reasons = [f"deadline: {late}"] * len(seeds)
         except Exception as error:
             reasons = [f"exception: {type(error).__name__}: {error}"] * len(seeds)
-        noise = own
+        if not any(reasons):
+            return chosen, reasons
         if not all(reasons):
             foreign = torch.tensor([bool(r) for r in reasons])
-            noise = torch.where(foreign.view(-1, 1, 1, 1), own, chosen)
-        return noise, reasons
+            own = torch.where(foreign.view(-1, 1, 1, 1), own, chosen)
+        return own, reasons
 
     def book(self, reasons: Sequence[str]) -> None:
         """Count decisions, and why each was the base's own ("": it was not); latch when too many of the last were."""
@@ -194,8 +195,9 @@ class Guard:
         if tuple(latent.shape) != wanted:
             raise ValueError(f"latents of shape {tuple(latent.shape)} in place of {wanted}")
         reasons = self._foreign(inputs)
-        for row in (~finite(latent)).nonzero()[:, 0].tolist():
-            reasons[row] = "non-finite: the head's output holds NaN or infinity"
+        if not torch.isfinite(latent).all():
+            for row in (~finite(latent)).nonzero()[:, 0].tolist():
+                reasons[row] = "non-finite: the head's output holds NaN or infinity"
         if limit is not None and (taken := time.perf_counter() - start) > limit:
             raise _Late(f"{taken:.4f} s of {limit:g} s")
         return self.head.layout.expand(latent).unsqueeze(1), reasons
@@ -218,7 +220,8 @@ class Guard:
             limits = self._limits(name, z)
             if limits is None:
                 continue
-            for row in (~(z <= limits)).any(1).nonzero()[:, 0].tolist():
+            beyond = ~(z <= limits)  # a NaN is, too
+            for row in beyond.any(1).nonzero()[:, 0].tolist() if beyond.any() else ():
                 column = int((z[row] / limits).nan_to_num(math.inf).argmax())
                 off = f"lies {float(z[row, column]):.1f} deviations off, limit {float(limits[column]):.1f}"
                 reasons[row] = f"foreign: {name}[{column}] {off}"

@@ -117,6 +117,12 @@ class NoiseLayout:
         live = torch.tensor(self.space.live)
         return torch.arange(self.space.dim) if self.columns == "all" else live.nonzero()[:, 0]
 
+    @cached_property
+    def _columns(self) -> slice | torch.Tensor:
+        """`steered` as an index; a slice, which is several times faster, where they lie side by side."""
+        first, last = int(self.steered[0]), int(self.steered[-1])
+        return slice(first, last + 1) if last - first + 1 == len(self.steered) else self.steered
+
     @property
     def latent_shape(self) -> tuple[int, int]:
         """(n, d): vectors, and steered columns of each."""
@@ -126,7 +132,7 @@ class NoiseLayout:
         """(…, n, d) in [-1, 1] -> noise float32 (…, H, D) with |noise| <= bound, whatever the latent."""
         latent = torch.nan_to_num(latent.float(), 0.0, 1.0, -1.0).clamp(-1, 1)
         noise = latent.new_zeros(*latent.shape[:-2], *self.space.shape)
-        noise[..., self.steered.to(latent.device)] = self.bound * (self.weights.to(latent.device) @ latent)
+        noise[..., self._columns] = self.bound * (self.weights.to(latent.device) @ latent)
         return noise.clamp(-self.bound, self.bound)
 
     def sample(self, generators: list[torch.Generator], count: int = 1) -> torch.Tensor:

@@ -21,13 +21,18 @@ def base(request, lerobot_base):
     return lerobot_base(request.param)
 
 
-def own_batch(base, seen):
-    """What LeRobot's evaluation hands to the policy."""
+def raw_batch(seen):
+    """What LeRobot's evaluation hands to the policy's preprocessing."""
     made = {"observation.state": torch.from_numpy(seen["observation.state"])[None], "task": [seen.get("task", "")]}
     for key, image in seen.items():
         if "images" in key:
             made[key] = torch.from_numpy(image).permute(2, 0, 1)[None].float() / 255
-    return base.preprocess(made)
+    return made
+
+
+def own_batch(base, seen):
+    """What LeRobot's evaluation hands to the policy."""
+    return base.preprocess(raw_batch(seen))
 
 
 def drawn(base, seed):

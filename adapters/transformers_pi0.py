@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Mapping
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -81,8 +82,9 @@ class TransformersPi0(FrozenPolicy):
         quicken(model)
         self._fingerprint = None  # another model is another base
         weight, steps = partial(_weight, model), model.config.num_inference_steps
-        self._look = Recorded(partial(pi0_sampling.look, model), "π0's prefix", weight)
-        self._sampler = Recorded(partial(_sample, model, steps), "π0's sampler", weight)
+        whose = f"of transformers {version('transformers')}"  # some of which wait for the GPU in between
+        self._look = Recorded(partial(pi0_sampling.look, model), f"π0's prefix {whose}", weight)
+        self._sampler = Recorded(partial(_sample, model, steps), f"π0's sampler {whose}", weight)
 
     @property
     def device(self) -> torch.device:

@@ -18,7 +18,7 @@ IN_BFLOAT16 = ("pi0", "pi05", "smolvla", "xvla")
 
 
 def tolerance(base):
-    """Of numbers, as a part of the greatest. Whatever these were loaded as, their backbones go by bfloat16 on a GPU."""
+    """Of numbers, as a part of the greatest. The backbones of these go by bfloat16 on a GPU, whatever is asked for."""
     return 0.05 if base.model.config.type in ("evo1", "vla_jepa") else 2e-3
 
 

@@ -31,6 +31,10 @@ class WorkerLostError(DsrlError, RuntimeError):
     """A rollout worker has died, and is not to be replaced."""
 
 
+class TeamLostError(DsrlError, RuntimeError):
+    """Another process of those that share the updates is gone."""
+
+
 class MismatchError(DsrlError):
     """A head meets a base it was not trained on."""
 

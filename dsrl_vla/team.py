@@ -8,18 +8,19 @@ optimisers and generator, so all take the same step, which is the one that a lon
 from __future__ import annotations
 
 import atexit
+import contextlib
 import importlib
 import os
 import signal
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from typing import Any
 
 import torch
 
 from .draws import Share
-from .errors import DsrlError, bad
+from .errors import TeamLostError, bad, first_line
 from .head import HeadConfig, SteeringHead
 from .interrupts import ignore_terminal
 from .latent_sac import Info, LatentSAC
@@ -102,29 +103,38 @@ class LaunchedTeam(Team):
             build: makes the run's learner for a head's config and value bounds.
 
         Raises:
-            DsrlError: the leader is gone.
+            TeamLostError: the leader is gone.
         """
         if threading.current_thread() is threading.main_thread():
             ignore_terminal()
             signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the launcher tells the leader too
         learner: Any = None
+        while True:
+            what, held = self._hear()
+            if what == _STOP:
+                return learner.average.eval()
+            if what == _UPDATE:
+                self._update(learner, Batch.of(held))
+                continue
+            updates, bounds, config = _about(held)
+            if learner is None:
+                learner = build(config, bounds)
+                self._join(learner)
+            learner.load_tensors(part(held, "learner."), updates)
+
+    @contextlib.contextmanager
+    def _exchange(self) -> Iterator[None]:
+        """Say whose absence it is that ends an exchange."""
         try:
-            while True:
-                what, held = self._hear()
-                if what == _STOP:
-                    return learner.average.eval()
-                if what == _UPDATE:
-                    self._update(learner, Batch.of(held))
-                    continue
-                updates, bounds, config = _about(held)
-                if learner is None:
-                    learner = build(config, bounds)
-                    self._join(learner)
-                learner.load_tensors(part(held, "learner."), updates)
+            yield
         except RuntimeError as error:
-            raise DsrlError(
-                f"process {self.rank} of {self.size}: expected the first process to go on, got no word from it "
-                f"({error}). What it said last tells why."
+            who, remedy = "the first process", "What it said last tells why."
+            if self.leads:
+                who = "every other process"
+                remedy += " The run goes on from its last checkpoint, with --resume."
+            raise TeamLostError(
+                f"process {self.rank} of {self.size}: expected {who} to go on, got no word from it "
+                f"({first_line(error)}). {remedy}"
             ) from error
 
     def _join(self, learner: LatentSAC) -> None:
@@ -141,22 +151,25 @@ class LaunchedTeam(Team):
     def _mean(self, tensor: torch.Tensor) -> torch.Tensor:
         from accelerate.utils import reduce
 
-        return reduce(tensor, "mean")
+        with self._exchange():
+            return reduce(tensor, "mean")
 
     def _tell(self, what: int, held: Tensors) -> None:
         import safetensors.torch
         from accelerate.utils import broadcast
 
         data = safetensors.torch.save({k: v.detach().contiguous() for k, v in held.items()})
-        broadcast(torch.tensor([what, len(data)]))
-        broadcast(torch.frombuffer(bytearray(data), dtype=torch.uint8))
+        with self._exchange():
+            broadcast(torch.tensor([what, len(data)]))
+            broadcast(torch.frombuffer(bytearray(data), dtype=torch.uint8))
 
     def _hear(self) -> tuple[int, Tensors]:
         import safetensors.torch
         from accelerate.utils import broadcast
 
-        what, length = broadcast(torch.zeros(2, dtype=torch.int64)).tolist()
-        data = broadcast(torch.zeros(length, dtype=torch.uint8))
+        with self._exchange():
+            what, length = broadcast(torch.zeros(2, dtype=torch.int64)).tolist()
+            data = broadcast(torch.zeros(length, dtype=torch.uint8))
         return what, safetensors.torch.load(data.numpy().tobytes())
 
 

@@ -46,6 +46,20 @@ def failing(self, batch):
 LatentSAC.update = failing
 """
 
+DYING = """
+import os
+from dsrl_vla.latent_sac import LatentSAC
+
+update = LatentSAC.update
+
+def dying(self, batch):
+    if os.environ["RANK"] == "1" and self.updates == 7:
+        os._exit(9)
+    return update(self, batch)
+
+LatentSAC.update = dying
+"""
+
 
 def launch(*arguments, processes=2):
     """Run by accelerate's launcher: `--multi_gpu` makes it start several processes, which find no GPU to use."""
@@ -124,6 +138,15 @@ def test_a_leader_that_fails_inside_an_update_takes_the_others_with_it(written, 
     failed = launch(tmp_path / "child.py", path, tmp_path / "run")
     assert failed.returncode != 0 and "a fault inside an update" in failed.stderr
     assert not list(tmp_path.glob("run-*")), "nobody went on to the end"
+
+
+def test_a_follower_that_dies_is_missed_by_name(written, tmp_path):
+    _, path = written()
+    (tmp_path / "child.py").write_text(DYING + CHILD)
+    failed = launch(tmp_path / "child.py", path, tmp_path / "run")
+    assert failed.returncode != 0 and not list(tmp_path.glob("run-*"))
+    assert "process 0 of 2: expected every other process to go on, got no word from it" in failed.stderr
+    assert "The run goes on from its last checkpoint, with --resume." in failed.stderr
 
 
 def test_rows_are_dealt_what_they_are_dealt_by_one_process():

@@ -12,6 +12,7 @@ import math
 import queue
 import threading
 import time
+import weakref
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -64,22 +65,30 @@ class _Late(Exception):
     """The head did not answer in time."""
 
 
+_Calls = queue.SimpleQueue[Callable[[], torch.Tensor] | None]
+_Answers = queue.SimpleQueue[torch.Tensor | Exception]
+
+
+def _work(calls: _Calls, answers: _Answers) -> None:
+    """Until there is a None among the calls."""
+    while (call := calls.get()) is not None:
+        try:
+            answers.put(call())
+        except Exception as error:
+            answers.put(error)
+        del call  # which holds a head
+
+
 class _Worker:
-    """A thread that runs one call at a time, so that the caller need not wait longer than it wants to."""
+    """A thread that runs one call at a time, so that the caller need not wait longer than it wants to. It ends when
+    nobody has this any more."""
 
     def __init__(self) -> None:
-        self._calls: queue.SimpleQueue[Callable[[], torch.Tensor]] = queue.SimpleQueue()
-        self._answers: queue.SimpleQueue[torch.Tensor | Exception] = queue.SimpleQueue()
+        self._calls: _Calls = queue.SimpleQueue()
+        self._answers: _Answers = queue.SimpleQueue()
         self._owed = 0
-        threading.Thread(target=self._work, name="steering-head", daemon=True).start()
-
-    def _work(self) -> None:
-        while True:
-            call = self._calls.get()
-            try:
-                self._answers.put(call())
-            except Exception as error:
-                self._answers.put(error)
+        threading.Thread(target=_work, args=(self._calls, self._answers), name="steering-head", daemon=True).start()
+        weakref.finalize(self, self._calls.put, None)
 
     def run(self, call: Callable[[], torch.Tensor], seconds: float) -> torch.Tensor:
         """The call's answer; what it raises; or `_Late`."""

@@ -6,7 +6,7 @@ a list of B prompts.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence, Sized
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -36,8 +36,8 @@ class ObservationSpec:
             DsrlError: a missing camera, a wrong shape or dtype, a non-finite state, a missing prompt.
         """
         state = np.asarray(_get(observations, STATE))
-        if state.ndim != 2 or state.shape[1] != self.state_dim:
-            raise bad(STATE, f"shape (B, {self.state_dim})", f"{state.shape}")
+        if state.ndim != 2 or state.shape[1] != self.state_dim or not len(state):
+            raise bad(STATE, f"shape (B, {self.state_dim}), a row or more", f"{state.shape}")
         if state.dtype.kind not in "fiu":
             raise bad(STATE, "numbers", f"dtype {state.dtype}")
         with np.errstate(over="ignore"):
@@ -51,8 +51,8 @@ class ObservationSpec:
             self._check_image(IMAGE_PREFIX + name, _get(observations, IMAGE_PREFIX + name), batch, shape)
         if self.prompt:
             prompts = _get(observations, PROMPT)
-            texts = list(prompts) if isinstance(prompts, Iterable) and not isinstance(prompts, str) else []
-            if len(texts) != batch or not all(isinstance(text, str) for text in texts):
+            many = isinstance(prompts, Sized) and not isinstance(prompts, str) and len(prompts) == batch
+            if not many or not all(isinstance(text, str) for text in prompts):
                 raise bad(PROMPT, f"a list of {batch} prompts", f"{prompts!r}"[:80])
         return batch
 

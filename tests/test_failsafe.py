@@ -1,8 +1,10 @@
 """Whatever a head does, the caller gets the unsteered base's action at that seed, bit for bit, and no exception."""
 
+import gc
 import logging
 import threading
 import time
+import weakref
 from dataclasses import replace
 
 import pytest
@@ -338,3 +340,19 @@ def test_a_million_inputs_stay_within_the_bound(fork_base):
 def test_bad_settings_are_refused(options, message):
     with pytest.raises(DsrlError, match=message):
         replace(FailSafe(), **options)
+
+
+def test_the_thread_behind_a_deadline_ends_with_its_policy(fork_base, observation):
+    alive = lambda: [t for t in threading.enumerate() if t.name == "steering-head"]
+    gc.collect()
+    before = len(alive())
+    policy = SteeredPolicy(fork_base, make_head(fork_base), failsafe=FailSafe(deadline_s=5.0))
+    policy.act(observation(fork_base))
+    head = weakref.ref(policy.head)
+    assert len(alive()) == before + 1
+    del policy
+    gc.collect()
+    until = time.monotonic() + 10
+    while (len(alive()) > before or head()) and time.monotonic() < until:
+        time.sleep(0.01)
+    assert len(alive()) == before and head() is None

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from dsrl_vla import SteeredPolicy, load_base, load_recipe, train
+from dsrl_vla.adapters.flow_mlp import FlowMLP
 from dsrl_vla.collect import Collector
 from dsrl_vla.errors import DsrlError, NotSteerableError
 from dsrl_vla.head import HeadConfig, SteeringHead
@@ -188,6 +189,43 @@ def test_a_closed_base_says_so_and_can_be_closed_again(fork_base, observation, c
         remote.close()
         with pytest.raises(ServerUnavailableError, match="expected an open client, got one that was closed"):
             remote.act(observation(fork_base), seed=0)
+
+
+def test_a_base_that_is_closed_while_a_request_waits_says_so_to_the_one_that_waits(fork_base, served, observation):
+    base, found = Slow(fork_base.model), []
+    base.seconds = 0.0
+    remote = load_base("remote:" + served(base).uri)
+    base.seconds = 3.0
+    encoding = remote.encode(batch([observation(fork_base)]))
+
+    def wait():
+        try:
+            remote.denoise(encoding, torch.zeros(1, 1, *remote.spec.noise.shape))
+        except Exception as error:
+            found.append(error)
+
+    thread = threading.Thread(target=wait)
+    thread.start()
+    time.sleep(0.3)
+    remote.close()
+    thread.join(2.0)
+    assert not thread.is_alive() and isinstance(found[0], ServerUnavailableError) and "was closed" in str(found[0])
+
+
+def test_noise_that_spoils_the_actions_is_fallen_back_from_as_in_process(fork_base, served, observation, connect_to):
+    class Spoilt(FlowMLP):
+        """NaN under noise that is the same at every step, as a head's is in `repeat`."""
+
+        def _denoise(self, encoding, noise):
+            same = (noise == noise[:, :, :1]).all(dim=(2, 3))
+            return torch.where(same[:, :, None, None], torch.nan, super()._denoise(encoding, noise))
+
+    base, seen = Spoilt(fork_base.model), observation(fork_base)
+    head = make_head(base)
+    policies = [SteeredPolicy(each, head) for each in (base, connect_to(served(base).uri))]
+    mine, theirs = (policy.act(seen, seed=3) for policy in policies)
+    assert torch.equal(mine, theirs) and torch.equal(mine, base.act(seen, seed=3))
+    assert [policy.fallbacks for policy in policies] == [{"base": 1}] * 2
 
 
 def late(call, deadline):

@@ -143,6 +143,8 @@ def test_the_forks_envelope(steered, tiny_pi0, observation):
     flat = steered.ask({**seen, "dsrl/noise": noise})
     assert reply["dsrl/source"] == "request" and np.array_equal(reply["actions"], flat["actions"])
     assert steered.ask({"method": "infer", "obs": openpi(seen)})["dsrl/source"] == "head"
+    flat = steered.ask({**seen, "dsrl/op": "feature"})  # ours is a dictionary, as every reply
+    assert np.array_equal(flat["dsrl/feature"], hidden[:, -1, :])
     assert "unknown method 'train'" in steered.ask({"method": "train", "obs": {}})
 
 
@@ -160,7 +162,8 @@ def test_the_handshake_says_what_a_client_must_know(steered, plain, tiny_pi0):
         ({"dsrl/noise": np.zeros((5, 8), np.float32)}, "dsrl/noise: expected shape (6, 8), (1, 8) or (K, 6, 8)"),
         ({"dsrl/noise": np.full((6, 8), np.nan, np.float32)}, "noise: expected finite values"),
         ({"dsrl/noise": np.full((6, 8), 1e300)}, "noise: expected finite values"),
-        ({"dsrl/noise": "loud"}, "dsrl/noise: expected shape"),
+        ({"dsrl/noise": "loud"}, "dsrl/noise: expected numbers"),
+        ({"dsrl/noise": [["loud"] * 8] * 6}, "dsrl/noise: expected numbers"),
         ({"dsrl/noise": np.zeros((257, 6, 8), np.float32)}, "with K up to 256"),
         ({"dsrl/noise": np.zeros((2, 6, 8), np.float32), "dsrl/num_samples": 3}, "dsrl/num_samples: expected the 2"),
         ({"dsrl/seed": -1}, "dsrl/seed: expected an integer from 0"),
@@ -171,13 +174,18 @@ def test_the_handshake_says_what_a_client_must_know(steered, plain, tiny_pi0):
         ({"dsrl/return": "feature"}, "dsrl/return: expected a list"),
         ({"dsrl/nosie": 1}, "unknown reserved key 'dsrl/nosie'. Did you mean 'dsrl/noise'"),
         ({"dsrl/op": "train"}, "unknown operation 'train'"),
+        ({"dsrl/op": np.zeros(2)}, "unknown operation"),
         ({"dsrl/op": "denoise", "dsrl/handle": 99, "dsrl/noise": np.zeros((1, 1, 6, 8), np.float32)}, "Encode again"),
         ({"dsrl/op": "denoise", "dsrl/noise": np.zeros((1, 1, 6, 8), np.float32)}, "dsrl/handle: expected an integer"),
         ({"dsrl/op": "denoise", "dsrl/handle": 1}, "dsrl/noise: expected an array (B, K, H, D)"),
         ({"dsrl/op": "encode"}, "observation.state: expected shape (B, 5)"),
         ({"dsrl/seed": 1, "observation.state": np.zeros(4, np.float32)}, "observation.state: expected shape (B, 5)"),
-        ({"dsrl/seed": 1, "observation.state": "here"}, "observation.state: expected shape"),
-        ({"dsrl/seed": 1, "observation.state": [[1], [2, 3]]}, "observation: expected arrays"),
+        ({"dsrl/seed": 1, "observation.state": "here"}, "observation.state: expected numbers"),
+        ({"dsrl/seed": 1, "observation.state": ["x" * 60_000, *"abcd" * 4000]}, "observation.state: expected numbers"),
+        (
+            {"dsrl/seed": 1, "observation.state": [[1], [2, 3]]},
+            "observation.state: expected an array, got a ragged list",
+        ),
         ({"dsrl/seed": 1, "observation.images.front": np.zeros((32, 32, 3))}, "expected uint8"),
         ({"dsrl/seed": 1, "task": 7}, "prompt: expected text"),
     ],
@@ -187,6 +195,93 @@ def test_a_bad_request_is_refused_by_name_and_the_connection_lives(plain, tiny_p
     reply = plain.ask({**seen, **change})
     assert words in reply["dsrl/error"]["message"] and "Traceback" not in reply["dsrl/error"]["message"]
     assert plain.ask(seen)["actions"].shape == (6, 3)
+
+
+def test_a_batch_is_looked_at_before_it_is_gone_through(plain, tiny_pi0, observation):
+    """Rows and prompts that take no bytes on the wire would take gigabytes here."""
+    seen = batch([observation(tiny_pi0)]) | {"dsrl/op": "encode"}
+    refused = lambda change: plain.ask(seen | change)["dsrl/error"]["message"]
+    assert "task: expected a list of 1 prompts" in refused({"task": np.zeros((2_000_000, 0), np.uint8)})
+    assert "expected at most 256 rows" in refused({"observation.state": np.zeros((300, 5), np.float32)})
+    assert "a row or more" in refused({"observation.state": np.zeros((0, 5), np.float32)})
+    assert "internal" not in refused({"observation.state": 1.0})
+    assert "dsrl/handle" in plain.ask(seen | {"notes": [["a"], ["b", "c"]]})  # nobody reads them
+
+
+def test_jobs_of_clients_that_hang_up_are_called_off(fork_base, served, observation):
+    class Counting(Slow):
+        calls = 0
+
+        def _encode(self, observations, batch):
+            type(self).calls += 1
+            time.sleep(0.4)
+            return super()._encode(observations, batch)
+
+    base = Counting(fork_base.model)
+    server, seen = served(base), observation(base)
+    before, request = base.calls, pack({k: v[None] for k, v in seen.items()} | {"dsrl/op": "encode"})
+    for _ in range(8):
+        with Line(server.uri) as line:
+            line.socket.send(request)
+    with Line(server.uri) as line:
+        assert line.ask(seen)["actions"].shape == (4, 2)
+    assert base.calls - before <= 3  # the first may have begun, and its successor
+
+
+def test_it_stops_at_once_whatever_is_queued(fork_base, observation):
+    base = Slow(fork_base.model)
+    base.seconds = 0.0
+    server = PolicyServer(Service(base), ServerConfig(port=0, max_batch=1)).start()
+    base.seconds, lines = 0.5, [Line(server.uri) for _ in range(10)]
+    for line in lines:
+        line.socket.send(pack(observation(base)))
+    time.sleep(0.2)
+    start = time.monotonic()
+    server.stop()
+    assert time.monotonic() - start < 3 and not server.listening
+    for line in lines:
+        with pytest.raises(ConnectionClosed):
+            line.socket.recv(timeout=10)
+
+
+def test_it_can_be_stopped_while_it_warms_up(fork_base):
+    base, begun = Slow(fork_base.model), threading.Event()
+    heard: list[PolicyServer] = []
+
+    class Told(Slow):
+        def _denoise(self, encoding, noise):
+            begun.set()
+            return super()._denoise(encoding, noise)
+
+    server = PolicyServer(Service(Told(base.model)), ServerConfig(port=0))
+    thread = threading.Thread(target=lambda: heard.append(server.start()), daemon=True)
+    thread.start()
+    assert begun.wait(30)
+    server.stop()
+    thread.join(30)
+    assert heard == [server] and not server.listening
+
+
+@pytest.mark.parametrize("broken", [1, 3])
+def test_a_head_that_fails_leaves_each_sample_the_bases_own(fork_base, observation, broken, monkeypatch):
+    """Of three samples; where only some fail, the others are the head's."""
+    service = Service(fork_base, make_head(fork_base))
+    seen, session = observation(fork_base), service.session(1)
+    asked, latent = [], SteeringHead.latent
+
+    def failing(self, *args):
+        asked.append(0)
+        if len(asked) <= broken:
+            raise RuntimeError("broken")
+        return latent(self, *args)
+
+    monkeypatch.setattr(SteeringHead, "latent", failing)
+    request = dataclasses.replace(parse_infer(fork_base, seen, 7), samples=3, many=True)
+    found = service.run(request, session)
+    own = service.run(dataclasses.replace(request, steer=False), session)["actions"]
+    same = [np.array_equal(*pair) for pair in zip(found["actions"], own, strict=True)]
+    assert same == [True] * broken + [False] * (3 - broken)
+    assert found["dsrl/source"] == ("prior" if broken == 3 else "head") and "broken" in found["dsrl/fallback"]
 
 
 def test_whoever_knows_nothing_of_us_is_told_in_text(plain, tiny_pi0, observation):
@@ -576,6 +671,8 @@ def test_key_maps():
         parse_keys("lefft=a,high=c").check(spec)
     with pytest.raises(DsrlError, match="a place for camera 'high'"):
         parse_keys("left=a").check(spec)
+    with pytest.raises(DsrlError, match="a wrist camera's place for 'wrist', got 'observation/image'. Name them"):
+        KeyMap().translate({"observation/state": np.zeros(3)}, ObservationSpec(3, {"wrist": None, "front": None}))
     three = ObservationSpec(3, {"a": None, "b": None, "c": None})
     with pytest.raises(DsrlError, match="expected a place for each camera of a, b, c"):
         KeyMap().translate({"observation/state": np.zeros(3)}, three)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
-import contextlib
 import logging
 import ssl
 import threading
@@ -22,7 +21,7 @@ from typing import Any, TypeVar
 from websockets.asyncio.client import ClientConnection, connect
 from websockets.exceptions import InvalidHandshake, InvalidStatus, WebSocketException
 
-from ..errors import DsrlError, NotSteerableError, bad
+from ..errors import DsrlError, NotSteerableError, bad, first_line
 from . import protocol as p
 from .wire import MAX_BYTES, WireError, pack, unpack
 
@@ -122,13 +121,16 @@ class Client:
         return self._read(self._within(self._exchange(data), seconds))
 
     def close(self) -> None:
-        """Close the connection and end the thread; once is enough."""
+        """Close the connection and end the thread; a request that waits in another is told so. Once is enough."""
         if self._closed:
             return
-        with contextlib.suppress(ServerUnavailableError):
-            self._within(self._drop(), 1.0)
         self._closed = True
-        self._loop.call_soon_threadsafe(self._loop.stop)
+
+        def end() -> None:
+            self._abandon()
+            self._loop.stop()
+
+        self._loop.call_soon_threadsafe(end)
 
     def _within(self, work: Coroutine[Any, Any, Result], seconds: float) -> Result:
         """Run in the network's thread; at the deadline leave it, and its connection, behind."""
@@ -137,12 +139,15 @@ class Client:
             work.close()
             raise self._late(seconds, "busy with another thread's request")
         try:
+            gone = ServerUnavailableError(f"{self.config.uri}: expected an open client, got one that was closed.")
             if self._closed:
                 work.close()
-                raise ServerUnavailableError(f"{self.config.uri}: expected an open client, got one that was closed.")
+                raise gone
             future = asyncio.run_coroutine_threadsafe(work, self._loop)
             try:
                 return future.result(max(0.0, until - time.monotonic()))
+            except concurrent.futures.CancelledError:
+                raise gone from None
             except (concurrent.futures.TimeoutError, KeyboardInterrupt) as error:
                 future.cancel()
                 self._loop.call_soon_threadsafe(self._abandon)
@@ -153,7 +158,7 @@ class Client:
             self._lock.release()
 
     def _late(self, seconds: float, why: str) -> ServerUnavailableError:
-        words = f"expected an answer within {seconds:.3g} s, got none ({why})."
+        words = f"expected an answer within {max(seconds, self.config.deadline_s):.3g} s, got none ({why})."
         return ServerUnavailableError(f"{self.config.uri}: {words}")
 
     _trouble = "it is connected, and silent"
@@ -169,7 +174,7 @@ class Client:
                 await self._drop()
                 if getattr(connection, "close_code", None) == 1009:
                     raise bad("request", "a message that the server takes", "one it calls too big") from error
-                self._trouble = f"the connection broke: {error}"
+                self._trouble = f"the connection broke: {first_line(error)}"
             await asyncio.sleep(wait)
             wait = min(2 * wait, _BACKOFF_CAP)
 
@@ -184,11 +189,11 @@ class Client:
             except InvalidStatus as error:
                 if error.response.status_code in _FINAL:
                     raise self._turned_away(error.response.status_code) from error
-                self._trouble = f"{error}"
+                self._trouble = first_line(error)
             except ssl.SSLError as error:
                 raise bad(self.config.uri, "a certificate that can be trusted", f"{error}") from error
             except (OSError, InvalidHandshake, WebSocketException) as error:
-                self._trouble = f"{error}"
+                self._trouble = first_line(error)
             else:
                 self._connection, self._trouble = connection, Client._trouble
                 self.connections += 1
@@ -250,9 +255,16 @@ class Client:
 
 
 def _run(loop: asyncio.AbstractEventLoop) -> None:
-    """Until it is stopped; then what it holds of the system is given back."""
+    """Until it is stopped; then whoever still waits is told, and what it holds of the system is given back."""
     loop.run_forever()
+    loop.run_until_complete(_call_off(asyncio.all_tasks(loop)))
     loop.close()
+
+
+async def _call_off(tasks: set[asyncio.Task]) -> None:
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
 
 
 def steering(metadata: dict[str, Any], uri: str) -> dict[str, Any]:

@@ -17,6 +17,8 @@ from ..errors import bad, unknown
 from ..observation import IMAGE_PREFIX, PROMPT, STATE, Observations, ObservationSpec
 from .wire import WireError
 
+_WRIST = "wrist"
+
 
 @dataclass(frozen=True)
 class KeyMap:
@@ -43,7 +45,12 @@ class KeyMap:
                     f"only {', '.join(self.order)}",
                     "Name them: --keys <camera>=<openpi's key>,…",
                 )
-            return dict(zip(spec.cameras, self.order, strict=False))
+            found = dict(zip(spec.cameras, self.order, strict=False))
+            for camera, place in found.items():  # by their order alone
+                if _WRIST in camera and _WRIST not in place:
+                    fix = "Name them: --keys <camera>=<openpi's key>,…"
+                    raise bad("key map", f"a wrist camera's place for '{camera}'", f"'{place}'", fix)
+            return found
         for camera in self.images:
             if camera not in spec.cameras:
                 raise unknown("camera", camera, spec.cameras)
@@ -65,7 +72,7 @@ class KeyMap:
         """
         if STATE in message:
             names = [STATE, *(IMAGE_PREFIX + camera for camera in spec.cameras)]
-            seen = {name: message[name] for name in names if name in message}
+            seen = {name: array(message[name], name) for name in names if name in message}
             return seen | self._prompt(message, spec, default_prompt)
         found: Observations = {STATE: np.concatenate([_numbers(_get(message, place), place) for place in self.state])}
         for camera, place in self.places(spec).items():
@@ -127,15 +134,35 @@ def _absent(message: Any) -> tuple[str, str]:
     return "to be in the observation", f"only {', '.join(sorted(map(str, message)))[:200] or 'nothing'}"
 
 
+def array(value: Any, place: str) -> np.ndarray:
+    """An array of what a stranger sent as one, or as numbers in (nested) lists: out of text in a list numpy would make
+    rows as long as the longest.
+
+    Raises:
+        WireError: something else; a ragged list.
+    """
+    inner = [value]
+    while any(isinstance(part, list) for part in inner):
+        inner = [each for part in inner for each in (part if isinstance(part, list) else [part])]
+    if isinstance(value, list) and not all(isinstance(part, (bool, int, float, np.generic)) for part in inner):
+        raise WireError(str(bad(place, "numbers", "a list of something else")))
+    if not isinstance(value, (list, bool, int, float, np.ndarray, np.generic)):
+        raise WireError(str(bad(place, "numbers", type(value).__name__)))
+    try:
+        return np.asarray(value)
+    except ValueError as error:
+        raise WireError(str(bad(place, "an array", "a ragged list"))) from error
+
+
 def _numbers(value: Any, place: str) -> np.ndarray:
     try:
-        return np.asarray(value, dtype=np.float32).reshape(-1)
-    except (TypeError, ValueError) as error:
+        return array(value, place).astype(np.float32).reshape(-1)
+    except (TypeError, OverflowError) as error:
         raise WireError(str(bad(place, "numbers", type(value).__name__))) from error
 
 
 def _image(value: Any, place: str) -> np.ndarray:
-    image = np.asarray(value)
+    image = array(value, place)
     if image.ndim == 3 and image.shape[0] == 3 and image.shape[2] != 3:
         image = image.transpose(1, 2, 0)
     if image.dtype.kind == "f":

@@ -15,10 +15,10 @@ import numpy as np
 import torch
 
 from ..errors import DsrlError, bad, unknown
-from ..observation import PROMPT, Observations, ObservationSpec, unsqueeze
+from ..observation import IMAGE_PREFIX, PROMPT, STATE, Observations, ObservationSpec, unsqueeze
 from ..policy import PolicySpec
 from . import protocol as p
-from .keys import KeyMap
+from .keys import KeyMap, array
 from .wire import WireError
 
 OPERATIONS = ("infer", "feature", "encode", "denoise", "sha256", "status")
@@ -109,30 +109,35 @@ class Reader:
             if key.startswith("dsrl/") and key not in p.REQUEST_KEYS:
                 raise unknown("reserved key", key[:40], p.REQUEST_KEYS)
         operation = message.get(p.OP, "infer")
-        if operation not in OPERATIONS:
+        if not isinstance(operation, str) or operation not in OPERATIONS:
             raise unknown("operation", f"{operation}"[:40], OPERATIONS)
         if operation in ("sha256", "status"):
             return Sha256() if operation == "sha256" else Status()
         if operation == "denoise":
             return _denoise(message, self.spec)
         if operation == "encode":
-            observations = {key: value for key, value in message.items() if not key.startswith("dsrl/")}
-            batch = _check(self.spec.observation, observations)
-            if batch > p.MAX_SAMPLES:
-                raise bad("observation", f"at most {p.MAX_SAMPLES} rows in one request", batch)
-            return Encode({k: v if k == PROMPT else np.array(v) for k, v in observations.items()}, batch)
+            return self._batch(message)
         observations = self._single(message)
         return Feature(observations) if operation == "feature" else _infer(message, self.spec, observations)
+
+    def _batch(self, message: dict[str, Any]) -> Encode:
+        """A batch of ours; what else is in the message is left alone."""
+        seen = self.spec.observation
+        names = [STATE, *(IMAGE_PREFIX + camera for camera in seen.cameras)]
+        observations = {name: array(message[name], name) for name in names if name in message}
+        rows = len(observations[STATE]) if STATE in observations and observations[STATE].ndim else 0
+        if rows > p.MAX_SAMPLES:
+            raise bad("observation", f"at most {p.MAX_SAMPLES} rows in one request", rows)
+        observations |= {PROMPT: message[PROMPT]} if PROMPT in message else {}
+        batch = _check(seen, observations)
+        return Encode({k: v if k == PROMPT else np.array(v) for k, v in observations.items()}, batch)
 
     def _single(self, message: dict[str, Any]) -> Observations:
         """A single observation as a checked batch of one."""
         observation = self.keys.translate(message, self.seen, self.prompt)
         if not isinstance(observation.get(PROMPT, ""), str):
             raise WireError(str(bad("prompt", "text", type(observation[PROMPT]).__name__)))
-        try:
-            observations = unsqueeze(observation)
-        except ValueError as error:
-            raise bad("observation", "arrays", "a ragged list") from error
+        observations = unsqueeze(observation)
         _check(self.seen, observations)
         return observations
 
@@ -149,9 +154,9 @@ def _open_envelope(message: Mapping[str, Any]) -> dict[str, Any]:
         raise WireError(str(bad("obs", "a dictionary", type(inner).__name__)))
     flat = dict(inner)
     noise = flat.pop("noise", None)
-    if method == "get_prefix_rep":
+    if isinstance(method, str) and method == "get_prefix_rep":
         return flat | {p.OP: "feature"}
-    if method != "infer":
+    if not isinstance(method, str) or method != "infer":
         raise unknown("method", f"{method}"[:40], ("infer", "get_prefix_rep"))
     return flat if noise is None else flat | {p.NOISE: noise}
 
@@ -194,17 +199,14 @@ def _denoise(message: Mapping[str, Any], spec: PolicySpec) -> Denoise:
 def _noise(value: Any, spec: PolicySpec) -> torch.Tensor:
     """Noise of an infer request as (1, K, H, D)."""
     horizon, dim = spec.noise.shape
-    try:
-        noise = np.asarray(value)
-    except ValueError as error:
-        raise bad(p.NOISE, "an array", "a ragged list") from error
+    noise = array(value, p.NOISE)
     if noise.shape == (1, dim):
         noise = np.repeat(noise, horizon, 0)
     if noise.ndim == 2:
         noise = noise[None]
     if noise.ndim != 3 or noise.shape[1:] != (horizon, dim) or not 1 <= noise.shape[0] <= p.MAX_SAMPLES:
         expected = f"shape ({horizon}, {dim}), (1, {dim}) or (K, {horizon}, {dim}) with K up to {p.MAX_SAMPLES}"
-        raise bad(p.NOISE, expected, np.shape(value))
+        raise bad(p.NOISE, expected, noise.shape)
     return _tensor(noise[None], spec, 1)
 
 

@@ -18,6 +18,7 @@ import ssl
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,7 @@ from ..errors import DsrlError, at_least, bad
 from . import protocol as p
 from .keys import KeyMap
 from .requests import Feature, Reader, released, speaks_dsrl
-from .service import GoneError, Service, Session
+from .service import GoneError, Reply, Service, Session
 from .wire import MAX_BYTES, pack, unpack
 from .worker import Worker, batch_sizes
 
@@ -119,6 +120,7 @@ class PolicyServer:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._stopped: asyncio.Event | None = None
         self._thread: threading.Thread | None = None
+        self._asked_to_stop = threading.Event()
         self.port = self.config.port
 
     @property
@@ -133,30 +135,36 @@ class PolicyServer:
         return self._loop is not None and not self._loop.is_closed()
 
     def serve_forever(self, listening: Callable[[], None] = lambda: None) -> None:
-        """Warm up, listen, call `listening`, and serve until `stop`."""
+        """Warm up, listen, call `listening`, and serve until `stop`; not at all if that has come before."""
         self.service.warm_up(batch_sizes(self.config.max_batch))
-        asyncio.run(self._run(listening))
+        if not self._asked_to_stop.is_set():
+            asyncio.run(self._run(listening))
 
     def start(self) -> PolicyServer:
-        """Serve from a thread of its own; return once it listens."""
+        """Serve from a thread of its own; return once it listens, or has been stopped."""
         ready, failed = threading.Event(), []
+        self._asked_to_stop.clear()
 
         def target() -> None:
             try:
                 self.serve_forever(ready.set)
             except Exception as error:
                 failed.append(error)
+            finally:
                 ready.set()
 
-        self._thread = threading.Thread(target=target, name="policy-server", daemon=True)
-        self._thread.start()
+        thread = threading.Thread(target=target, name="policy-server", daemon=True)
+        thread.start()
+        self._thread = thread
         ready.wait()
         if failed:
             raise failed[0]
         return self
 
     def stop(self) -> None:
-        """Close every connection and come to an end. May be called from any thread."""
+        """Close every connection and come to an end; at once, but for what the base is doing. May be called from any
+        thread, and before it listens."""
+        self._asked_to_stop.set()
         if self.listening:
             assert self._loop is not None and self._stopped is not None
             self._loop.call_soon_threadsafe(self._stopped.set)
@@ -193,8 +201,9 @@ class PolicyServer:
             raise bad("serve", f"to listen on {config.host}:{config.port}", f"{error}") from error
         try:
             self.port = _port_of(server)
-            listening()
-            await self._stopped.wait()
+            if not self._asked_to_stop.is_set():
+                listening()
+                await self._stopped.wait()
         finally:
             server.close()
             await server.wait_closed()
@@ -221,15 +230,17 @@ class PolicyServer:
             while True:
                 data = await connection.recv()
                 start = time.perf_counter()
-                await connection.send(await self._answer(data, session, worker, took))
+                await connection.send(await self._answer(data, connection, session, worker, took))
                 took = time.perf_counter() - start
-        except ConnectionClosed:
+        except (ConnectionClosed, _HungUp):
             pass
         finally:
             self._connections -= 1
 
-    async def _answer(self, data: bytes | str, session: Session, worker: Worker, took: float) -> bytes | str:
-        """The reply to one message, whatever it holds."""
+    async def _answer(
+        self, data: bytes | str, connection: ServerConnection, session: Session, worker: Worker, took: float
+    ) -> bytes | str:
+        """The reply to one message, whatever it holds. Raises _HungUp when nobody waits for it any more."""
         start, message = time.perf_counter(), None
         try:
             if isinstance(data, str):
@@ -237,13 +248,16 @@ class PolicyServer:
             message = unpack(data)
             session.handles.release(released(message))
             request = self._reader.read(message)
-            reply = await asyncio.wrap_future(worker.submit(request, session))
-            if isinstance(request, Feature):  # the fork takes the first of a pair, and its last token
+            reply = await _while_open(connection, worker.submit(request, session))
+            if isinstance(request, Feature) and "method" in message:
+                # the fork takes the first of a pair, and its last token
                 return pack([reply[p.FEATURE][:, None], []])
             timing = {"infer_ms": 1000 * (time.perf_counter() - start)}
             if took:
                 timing["prev_total_ms"] = 1000 * took
             return pack(reply | {"server_timing": timing})
+        except _HungUp:
+            raise
         except GoneError as error:
             return _refusal(message, "gone", str(error))
         except DsrlError as error:
@@ -252,6 +266,26 @@ class PolicyServer:
             number = secrets.token_hex(4)
             log.exception("internal error %s", number)
             return _refusal(message, "internal", f"internal error {number}; the server's log has it.")
+
+
+class _HungUp(Exception):
+    """The client is gone."""
+
+
+async def _while_open(connection: ServerConnection, future: Future[Reply]) -> Reply:
+    """What a job comes to. One whose client hangs up is called off, if it has not begun: otherwise clients that lose
+    patience, and ask again, would keep the base busy with what nobody reads."""
+    reply: asyncio.Future[Reply] = asyncio.wrap_future(future)
+    closed: asyncio.Future[None] = asyncio.ensure_future(connection.wait_closed())
+    both: list[asyncio.Future[Any]] = [reply, closed]
+    try:
+        await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
+        if not reply.done() or reply.cancelled():
+            raise _HungUp
+        return reply.result()
+    finally:
+        closed.cancel()
+        reply.cancel()
 
 
 def _refusal(message: Any, kind: p.Kind, words: str) -> bytes | str:

@@ -145,7 +145,7 @@ class Service:
             encoding = self._encode(request.observations)
             return {p.HANDLE: session.handles.keep(encoding), p.FEATURE: _numpy(encoding.feature)}
         if isinstance(request, Denoise):
-            actions = _checked(self._sample(session.handles.get(request.handle), request.noise))
+            actions = self._sample(session.handles.get(request.handle), request.noise)  # finite or not, as in process
             return {p.ACTIONS: actions.numpy(), p.SOURCE: "request"}
         if isinstance(request, Feature):
             if not self.base.spec.feature_dim:
@@ -193,13 +193,13 @@ class Service:
         if self.policy is None or session.guard is None or not (request.steer and self.policy.enabled):
             return _Noise(self._prior(request), "prior")
         deterministic = self.deterministic and request.deterministic and request.samples == 1
-        drawn = [
-            session.guard.noise(request.observations, encoding, [request.seed + k], deterministic)
-            for k in range(request.samples)
-        ]
-        asked = [reasons[0] for _, reasons in drawn]
-        reason = next(filter(None, asked), "")
-        return _Noise(torch.cat([noise for noise, _ in drawn], 1), "prior" if reason else "head", reason, asked)
+        own, values, asked = self._prior(request), [], []
+        for k in range(request.samples):
+            noise, (why,) = session.guard.noise(request.observations, encoding, [request.seed + k], deterministic)
+            values.append(own[:, k : k + 1] if why else noise)
+            asked.append(why)
+        source, reason = "prior" if all(asked) else "head", next(filter(None, asked), "")
+        return _Noise(torch.cat(values, 1), source, reason, asked)
 
     def _reply(
         self, request: Infer, noise: _Noise, actions: torch.Tensor, encoding: Encoding, row: int

@@ -15,6 +15,8 @@ from .requests import Infer, Request
 from .service import Reply, Service, Session, batch_key
 
 log = logging.getLogger(__name__)
+_GRACE_S = 10.0
+"""For what is running when the server stops."""
 
 
 @dataclass
@@ -46,10 +48,12 @@ class Worker:
         return job.future
 
     def close(self) -> None:
-        """Finish what is running, and drop what is queued."""
+        """Finish what is running, and drop what is queued. A base that hangs is left behind."""
         self._stopping = True
         self._jobs.put(None)
-        self._thread.join()
+        self._thread.join(_GRACE_S)
+        if self._thread.is_alive():
+            log.warning("the base is still busy after %g s, and is left behind", _GRACE_S)
 
     def _work(self) -> None:
         while not self._stopping:

@@ -39,6 +39,12 @@ def load_base(uri: str, **options: Any) -> FrozenPolicy:
     loader = load(GROUP, "adapter", name)
     _check_options(name, loader, options)
     try:
+        inspect.signature(loader).bind(source, uri=uri, **options)
+    except TypeError as error:
+        raise bad(
+            f"the loader of '{name}:'", "load(source, *, dtype='float32', device='cpu', uri='')", f"{error}"
+        ) from error
+    try:
         return loader(source, uri=uri, **options)
     except json.JSONDecodeError as error:
         raise bad(f"base '{uri}'", "JSON files that are whole", f"{error}") from error

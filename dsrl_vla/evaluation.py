@@ -187,9 +187,13 @@ def evaluate(
         "steered_stochastic": stochastic.to_json(),
         "difference": paired_difference(own, steered),
         "controls": {name: m.to_json() for name, m in found.items()},
-        **({"scenes": task.info.scenes} if task.info.scenes else {}),
-        **_each_task(own, steered, found),
+        **more_facts(task, own, steered, found),
     }
+
+
+def more_facts(task: VectorTask, own: Measure, steered: Measure, controls: Mapping[str, Measure]) -> dict[str, Any]:
+    """What ``eval.json`` says beyond measures: how many initial states a task has, and each of several tasks."""
+    return ({"scenes": task.info.scenes} if task.info.scenes else {}) | _each_task(own, steered, controls)
 
 
 def _each_task(own: Measure, steered: Measure, controls: Mapping[str, Measure]) -> dict[str, Any]:

@@ -147,6 +147,9 @@ def write_artefact(head: SteeringHead, folder: Path, run: Path | None = None) ->
 
     if run is not None and not (run / EVAL).is_file():
         raise bad(f"{run}", f"a finished run, with an {EVAL}", "none", "Finish it: dsrl-vla train … --resume")
+    if run is not None and not {"env_steps", "search_env_steps"} & set(read_object(run / EVAL)):
+        fix = "Finish it: dsrl-vla train … --resume"
+        raise bad(f"{run / EVAL}", "what a finished run says of itself", "the evaluation of one under way", fix)
     head.save_pretrained(folder)
     with disk_errors(folder):
         for name in (EVAL, RECIPE, CURVES, VIDEO):

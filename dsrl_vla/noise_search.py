@@ -18,7 +18,7 @@ import torch
 from . import seeds as seed_ranges
 from .episodes import Episode
 from .errors import at_least, bad
-from .evaluation import Measure, evaluation_seeds, measure, paired_difference
+from .evaluation import Measure, evaluation_seeds, measure, more_facts, paired_difference
 from .head import SteeringHead
 from .head_config import HeadConfig
 from .networks import NetworkConfig
@@ -191,4 +191,5 @@ def evaluate_ticket(
         "controls": {},
         "difference": paired_difference(own, found),
         "search_env_steps": ticket.env_steps,
+        **more_facts(task, own, found, {}),
     }

@@ -36,8 +36,10 @@ class ObservationSpec:
             DsrlError: a missing camera, a wrong shape or dtype, a non-finite state, a missing prompt.
         """
         state = np.asarray(_get(observations, STATE))
-        if state.ndim != 2 or state.shape[1] != self.state_dim or not len(state):
-            raise bad(STATE, f"shape (B, {self.state_dim}), a row or more", f"{state.shape}")
+        if state.ndim != 2 or state.shape[1] != self.state_dim:
+            raise bad(STATE, f"shape (B, {self.state_dim})", f"{state.shape}")
+        if not len(state):
+            raise bad(STATE, "a row or more", "none")
         if state.dtype.kind not in "fiu":
             raise bad(STATE, "numbers", f"dtype {state.dtype}")
         with np.errstate(over="ignore"):

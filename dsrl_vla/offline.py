@@ -24,7 +24,7 @@ from .errors import bad
 from .head import HeadInputs, SteeringHead
 from .latent_sac import SACConfig
 from .n_step import Decision, NStepWindows
-from .noise_bank import Keeper
+from .noise_bank import ACTION, Keeper
 from .observation import IMAGE_PREFIX, PROMPT, STATE, Observations
 from .policy import FrozenPolicy
 from .replay import Batch, Replay
@@ -65,18 +65,24 @@ class OfflineConfig:
 
 
 def check_episode(
-    episode: OfflineEpisode, number: int, base: FrozenPolicy, rewards: tuple[float, float] = (-math.inf, math.inf)
+    episode: OfflineEpisode,
+    number: int,
+    base: FrozenPolicy,
+    rewards: tuple[float, float] = (-math.inf, math.inf),
+    cameras: Iterable[str] = (),
 ) -> int:
     """Refuse an episode that lacks something or does not fit the base; return its length T.
 
     Args:
         rewards: least and greatest of the task.
+        cameras: the head's, beside the base's.
 
     Raises:
         DsrlError: names episode and field.
     """
     spec = base.spec
-    wanted = [STATE, "action", "reward", "terminated", *(IMAGE_PREFIX + name for name in spec.observation.cameras)]
+    seen = dict.fromkeys((*spec.observation.cameras, *cameras))
+    wanted = [STATE, "action", "reward", "terminated", *(IMAGE_PREFIX + name for name in seen)]
     for key in wanted + [PROMPT] * spec.observation.prompt:
         if key not in episode:
             raise bad(f"offline episode {number}", f"a field '{key}'", ", ".join(sorted(episode)) or "none")
@@ -148,7 +154,7 @@ class OfflineLoader:
             DsrlError: an episode is malformed, or the algorithm needs noise that such data do not have.
         """
         for number, episode in enumerate(episodes):
-            length = check_episode(episode, number, self.base, self.rewards)
+            length = check_episode(episode, number, self.base, self.rewards, self.head.config.cameras)
             for first in range(0, min(self.base.spec.executed_steps, length), self.stride):
                 self._chain(replay, episode, first, length, number)
             on_episode()
@@ -235,9 +241,11 @@ class MixedReplay:
 
     @functools.cached_property
     def sha256(self) -> str:
-        """Of the offline transitions, which never change."""
+        """Of the offline transitions, which never change; of what came from the data, and not from the base, whose
+        numbers another machine may round otherwise."""
         held = self.offline.tensors()
-        return digest({name: held[name] for name in ("latent", "reward", "discount", "index")})
+        own = ("latent", "reward", "discount", "index", "inputs.state", f"extras.{ACTION}")
+        return digest({name: held[name] for name in own if name in held})
 
     def observations(self) -> HeadInputs:
         """As `Replay.observations`, both stores after one another."""

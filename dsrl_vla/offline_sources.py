@@ -35,6 +35,7 @@ from .observation import IMAGE_PREFIX, PROMPT
 from .offline import OfflineConfig, OfflineEpisode, OfflineLoader, Relabel, demonstrations, sparse_success
 from .offline_robomimic import read_robomimic
 from .replay import Replay
+from .run_dir import replacing
 
 log = logging.getLogger(__name__)
 _SHIPPED = {"sparse_success": sparse_success, "demonstrations": demonstrations}
@@ -119,6 +120,9 @@ def split(columns: dict[str, np.ndarray], name: str) -> Iterator[OfflineEpisode]
     if not len(index):
         return
     edges = np.flatnonzero(np.diff(index)) + 1
+    if len(np.unique(index)) != len(edges) + 1:
+        wanted = "the steps of every episode one after the other"
+        raise bad(f"offline data '{name}': episode_index", wanted, "episodes that are mixed; is it shuffled?")
     for first, last in zip([0, *edges], [*edges, len(index)], strict=True):
         episode: OfflineEpisode = {k: v[first:last] for k, v in columns.items() if np.ndim(v)}
         episode |= {k: v[()] for k, v in columns.items() if not np.ndim(v)}
@@ -133,7 +137,7 @@ def split(columns: dict[str, np.ndarray], name: str) -> Iterator[OfflineEpisode]
 
 
 def write_npz(path: Path, episodes: Iterable[OfflineEpisode]) -> None:
-    """Write episodes in the format above, compressed."""
+    """Write episodes in the format above, compressed; all or nothing."""
     columns: dict[str, list[np.ndarray]] = {}
     for number, episode in enumerate(episodes):
         length = len(episode["action"])
@@ -146,7 +150,8 @@ def write_npz(path: Path, episodes: Iterable[OfflineEpisode]) -> None:
         for key, values in rows.items():
             columns.setdefault(key, []).append(values)
     arrays: dict[str, Any] = {key: np.concatenate(parts) for key, parts in columns.items()}
-    np.savez_compressed(path, **arrays)
+    with replacing(path) as temporary, temporary.open("wb") as file:
+        np.savez_compressed(file, **arrays)
 
 
 def read_dataset(folder: Path) -> Iterator[OfflineEpisode]:

@@ -36,6 +36,7 @@ def draw_curves(path: Path, rows: list[dict[str, Any]], result: dict[str, Any] |
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.6), width_ratios=(1.6, 1))
     train = [(r["env_steps"], r["success"]) for r in rows if "success" in r]
     what = next((name for name in YARDSTICKS if any(f"validation_{name}" in r for r in rows)), "success")
+    what = yardstick(result["base"]).name if result else what
     held = [(r["env_steps"], r[f"validation_{what}"]) for r in rows if f"validation_{what}" in r]
     if train:
         left.plot(*zip(*train, strict=True), color=_STEERED, alpha=0.35, label="training, last 50 episodes")
@@ -74,13 +75,15 @@ def _bars(axis: Any, result: dict[str, Any]) -> None:
 
 def film(
     base: FrozenPolicy, uri: str, max_episode_steps: int, source: NoiseSource, seed: int, size: int = 256
-) -> tuple[np.ndarray, bool]:
+) -> tuple[np.ndarray, bool | None]:
     """Play one episode and film it: uint8 (T, size, size, 3), and whether it succeeded."""
     with contextlib.closing(make_task(uri, max_episode_steps=max_episode_steps)) as env:
         return _film(base, env, source, seed, size)
 
 
-def _film(base: FrozenPolicy, env: TaskEnv, source: NoiseSource, seed: int, size: int) -> tuple[np.ndarray, bool]:
+def _film(
+    base: FrozenPolicy, env: TaskEnv, source: NoiseSource, seed: int, size: int
+) -> tuple[np.ndarray, bool | None]:
     limit = env.info.max_episode_steps
     streams = episode_generators([seed])
     observation, _ = env.reset(seed=seed)
@@ -97,7 +100,7 @@ def _film(base: FrozenPolicy, env: TaskEnv, source: NoiseSource, seed: int, size
             if over:
                 break
         observation = env.observe()
-    return np.stack(frames), success
+    return np.stack(frames), bool(success) if env.info.measure == "success" else None
 
 
 def write_video(path: Path, base: FrozenPolicy, head: SteeringHead, config: TaskConfig, seeds: list[int]) -> None:
@@ -116,12 +119,13 @@ def write_video(path: Path, base: FrozenPolicy, head: SteeringHead, config: Task
     iio.imwrite(path, np.concatenate(reel), fps=30, codec="libx264", plugin="pyav")
 
 
-def _finish(frames: np.ndarray, success: bool, length: int, name: str) -> np.ndarray:
-    """Hold the last frame to `length`, framed in green where the episode succeeded and in red where not."""
+def _finish(frames: np.ndarray, success: bool | None, length: int, name: str) -> np.ndarray:
+    """Hold the last frame to `length`, framed in green where the episode succeeded, in red where not, in grey where
+    there is no success (None)."""
     from PIL import Image, ImageDraw
 
     held = np.concatenate([frames, np.repeat(frames[-1:], length - len(frames), 0)])
-    colour, edge = (np.array([40, 160, 60]) if success else np.array([190, 50, 40])), 6
+    colour, edge = np.array({True: [40, 160, 60], False: [190, 50, 40], None: [120, 120, 120]}[success]), 6
     border = held[len(frames) - 1 :]
     border[:, :edge] = border[:, -edge:] = border[:, :, :edge] = border[:, :, -edge:] = colour
     label = Image.new("RGB", (64, 16), "black")

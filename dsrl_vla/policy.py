@@ -92,7 +92,9 @@ class FrozenPolicy(abc.ABC):
         """
         batch = self.spec.observation.check(observations)
         with torch.no_grad():
-            return self._encode(observations, batch)
+            encoding = self._encode(observations, batch)
+        self._check_encoding(encoding, batch)
+        return encoding
 
     def denoise(self, encoding: Encoding, noise: torch.Tensor) -> torch.Tensor:
         """Run the sampler from K noises per observation, all behind the same prefix.
@@ -105,7 +107,20 @@ class FrozenPolicy(abc.ABC):
         """
         self.spec.noise.check(noise, encoding.batch)
         with torch.no_grad():
-            return self._denoise(encoding, noise).float().cpu()
+            actions = self._denoise(encoding, noise)
+        if not isinstance(actions, torch.Tensor):
+            raise bad(f"{self.spec.uri}: _denoise", "a tensor of actions (B, K, H, A)", type(actions).__name__)
+        return actions.float().cpu()
+
+    def _check_encoding(self, encoding: Any, batch: int) -> None:
+        named, wide = f"{self.spec.uri}: _encode", (batch, self.spec.feature_dim)
+        if not isinstance(encoding, Encoding) or encoding.batch != batch:
+            got = f"one of {encoding.batch}" if isinstance(encoding, Encoding) else type(encoding).__name__
+            raise bad(named, f"an Encoding of {batch} rows", got)
+        feature = encoding.feature
+        if self.spec.feature_dim and (not isinstance(feature, torch.Tensor) or tuple(feature.shape) != wide):
+            got = type(feature).__name__ if not isinstance(feature, torch.Tensor) else str(tuple(feature.shape))
+            raise bad(named, f"a feature, a tensor of shape {wide}", got)
 
     def act(self, observation: Mapping[str, Any], *, seed: int) -> torch.Tensor:
         """The base's own behaviour for a single observation: noise from its prior, drawn from `seed`.

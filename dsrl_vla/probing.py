@@ -14,10 +14,12 @@ import torch
 
 from .errors import NotSteerableError, bad
 from .noise import generators
-from .observation import IMAGE_PREFIX, PROMPT, Observations, unsqueeze
+from .observation import IMAGE_PREFIX, PROMPT, STATE, Observations, unsqueeze
 from .policy import FrozenPolicy
 
 log = logging.getLogger(__name__)
+_ROUNDING = 1e-3, 0.05
+"""Of the greatest action: what another size of a batch may come to, and in bfloat16."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,8 @@ def probe(base: FrozenPolicy, observation: dict) -> ProbeReport:
 
     Raises:
         NotSteerableError: the same noise gives different actions, or different noises the same action.
-        DsrlError: the actions' shape is not as `base.spec` declares, or they are not finite.
+        DsrlError: the actions' shape is not as `base.spec` declares, or they are not finite; an observation's depend
+            on what else is in its batch.
     """
     observations = unsqueeze(observation)
     spec = base.spec
@@ -58,6 +61,7 @@ def probe(base: FrozenPolicy, observation: dict) -> ProbeReport:
             f"{_effect(actions, again):.3g}. Its sampler draws more noise on the way (DDPM, dropout?). Choose a "
             "deterministic one: DDIM for diffusion, an ODE solver for flow matching, and evaluation mode."
         )
+    _check_rows(base, observations, noise, actions)
     effect = _effect(actions[:, 1:], actions[:, :1])
     if effect == 0.0:
         raise NotSteerableError(
@@ -79,6 +83,27 @@ def probe(base: FrozenPolicy, observation: dict) -> ProbeReport:
 
 def _effect(a: torch.Tensor, b: torch.Tensor) -> float:
     return float((a - b).abs().max())
+
+
+def _check_rows(base: FrozenPolicy, observations: Observations, noise: torch.Tensor, alone: torch.Tensor) -> None:
+    """Refuse a base whose rows of a batch, or whose noises, are mixed up: many robots at once would get each other's
+    actions, and one by itself the right ones."""
+    other = {key: value if key == PROMPT else np.asarray(value).copy() for key, value in observations.items()}
+    other[STATE] = other[STATE] + 1.0
+    for name in base.spec.observation.cameras:
+        other[IMAGE_PREFIX + name] = 255 - other[IMAGE_PREFIX + name]
+    both = {k: [*v, *other[k]] if k == PROMPT else np.concatenate([v, other[k]]) for k, v in observations.items()}
+    together = base.denoise(base.encode(both), torch.cat([noise, noise]))
+    apart = torch.cat([alone, base.denoise(base.encode(other), noise)])
+    least = _ROUNDING[base.spec.dtype == "bfloat16"] * float(apart.abs().max())
+    mixed = 0.5 * min(_effect(apart[:1], apart[1:]), _effect(alone[:, 1:], alone[:, :1]))
+    if together.shape != apart.shape or not _effect(together, apart) <= max(least, mixed):
+        raise bad(
+            f"{base.spec.uri}: actions of a batch",
+            "those of each observation and noise alone",
+            f"others, {_effect(together, apart):.3g} away" if together.shape == apart.shape else tuple(together.shape),
+            "Its K noises of an observation come one after another: feature.repeat_interleave(K, 0), not repeat.",
+        )
 
 
 def _columns(base: FrozenPolicy, encoding, noise: torch.Tensor) -> tuple[float, ...]:

@@ -28,7 +28,7 @@ def pack(trainer: Trainer) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     tensors["torch_rng"] = torch.get_rng_state()
     state = {
         "head": trainer.head.config.to_json(),
-        "offline": _offline(trainer),
+        "offline_data": _offline(trainer),
         "env_steps": trainer.collector.env_steps,
         "updates": trainer.learner.updates,
         "observed": replay.observed,
@@ -75,7 +75,7 @@ def _check_same(trainer: Trainer, state: Mapping[str, Any]) -> None:
         check_pair(HeadConfig.from_json(state["head"]), trainer.base)
     except MismatchError as error:
         raise DsrlError(f"{trainer.out}: expected the base that the run began with. {error}") from error
-    if state["offline"] != _offline(trainer):
+    if state.get("offline_data", _offline(trainer)) != _offline(trainer):
         raise bad(f"{trainer.out}: offline.source", "the data that the run began with", "others in their place")
 
 

@@ -16,7 +16,7 @@ import numpy as np
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv
 from gymnasium.vector.async_vector_env import AsyncState
 
-from .errors import bad
+from .errors import at_least, bad
 from .interrupts import ignore_requests, stop_requests
 from .observation import PROMPT, Observations
 from .tasks import ChunkEnv, TaskInfo, make_task
@@ -40,6 +40,9 @@ class TaskConfig:
     """Further tasks, for one head that does them all: the environments take turns. The spaces have to agree."""
 
     def __post_init__(self) -> None:
+        at_least(1, self, "task", "max_episode_steps")
+        if len(set(self.uris)) < len(self.uris):  # whose episodes would count twice
+            raise bad("task.more", "other tasks than task.uri, each once", ", ".join(self.more))
         if self.num_envs < len(self.uris):
             raise bad("task.num_envs", f"{len(self.uris)} or more, one for every task", self.num_envs)
         if self.vector not in ("sync", "async"):

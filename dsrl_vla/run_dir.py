@@ -106,7 +106,7 @@ def _fsync(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
+def replacing(path: Path) -> Iterator[Path]:
     """A place beside `path` to write to, moved onto it once it is on the disk."""
     temporary = path.with_name(f".{path.name}.tmp")
     try:
@@ -122,7 +122,7 @@ def _replacing(path: Path) -> Iterator[Path]:
 
 def write_text(path: Path, text: str) -> None:
     """Replace a file's content, all or nothing."""
-    with _replacing(path) as temporary:
+    with replacing(path) as temporary:
         temporary.write_text(text)
 
 
@@ -140,7 +140,7 @@ def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
     """Replace a safetensors file, all or nothing."""
     import safetensors.torch
 
-    with _replacing(path) as temporary:
+    with replacing(path) as temporary:
         safetensors.torch.save_file(_apart(tensors), temporary)
 
 
@@ -148,7 +148,7 @@ def copy_files(source: Path, folder: Path) -> None:
     """Replace files of a folder by another's of the same name, each all or nothing."""
     make_folder(folder)
     for path in sorted(source.iterdir()):
-        with _replacing(folder / path.name) as temporary:
+        with replacing(folder / path.name) as temporary:
             shutil.copyfile(path, temporary)
 
 

@@ -27,8 +27,12 @@ class Tracker:
             raise missing_extra(_TRACKERS[name], name, f"the tracker '{name}'")
         from accelerate import Accelerator
 
-        self.accelerator = Accelerator(log_with=name, project_dir=str(out), cpu=True)
-        self.accelerator.init_trackers(recipe.name)
+        try:
+            self.accelerator = Accelerator(log_with=name, project_dir=str(out), cpu=True)
+            self.accelerator.init_trackers(recipe.name)
+        except Exception as error:  # nobody logged in, no network: no reason not to train
+            log.warning("the tracker '%s' does not start, and is done without: %s", name, first_line(error))
+            self.accelerator = None
 
     def log(self, row: dict[str, float], step: int) -> None:
         """Log a row at an environment step. A tracker that fails is done without: ``metrics.jsonl`` has it all."""

@@ -16,7 +16,7 @@ from . import seeds as seed_ranges
 from .bases import check_device
 from .closing import evaluate_run, settle
 from .errors import DsrlError, bad
-from .evaluation import Measure, evaluation_seeds
+from .evaluation import Measure, evaluation_episodes, evaluation_seeds
 from .finalists import HEADS, LIST
 from .head import SteeringHead
 from .head_config import CONFIG
@@ -107,6 +107,10 @@ def train(
             _check_task(recipe, base, info)
         if evaluate_after:
             evaluation_seeds(task, recipe.eval.episodes, known=known)  # refused before the work, and not after it
+        if task.info.live and evaluate_after:
+            total = evaluation_episodes(recipe.task, recipe.eval.episodes, recipe.eval.controls, len(known or ()))
+            words = "every validation is %d episodes on the robot, and the evaluation that ends the run %d"
+            log.warning(words, recipe.train.validation_episodes, total)
         _check_warm_up(recipe, base)
         probe(base, example(task))
         recipe = resolve_layout(recipe, base, task, out)
@@ -220,6 +224,7 @@ def load_run(out: Path | str) -> tuple[Recipe, SteeringHead]:
     if not (out / "recipe.yaml").exists():
         raise bad(str(out), "a run's directory", "one without a recipe.yaml")
     if not (out / "best").is_dir():
-        fix = "It is a head's folder: give it where a head is asked for." if (out / CONFIG).exists() else ""
+        heads = "It is a head's folder, which serve, drive --run and inspect take; a run's has recipe.yaml and best/."
+        fix = heads if (out / CONFIG).exists() else ""
         raise bad(str(out), "the directory of a run that has validated a head", "one without best/", fix)
     return load_recipe(out / "recipe.yaml"), SteeringHead.from_pretrained(out / "best")

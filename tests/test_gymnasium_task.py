@@ -149,6 +149,12 @@ def test_what_is_no_such_task_is_refused(uri, kind, words):
         make_task(uri)
 
 
+def test_a_name_may_leave_out_its_version_or_name_its_module():
+    """What registers it is imported first; its limit is the registered one's."""
+    assert make_task("gymnasium:Pendulum").info.max_episode_steps == 200
+    assert make_task("gymnasium:gymnasium.envs.classic_control:Pendulum-v1").info.max_episode_steps == 200
+
+
 def episodes(*returns):
     return Measure(tuple(Episode(i, False, 10, r, "t", "return") for i, r in enumerate(returns)))
 

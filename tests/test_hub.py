@@ -17,6 +17,7 @@ from dsrl_vla import SteeredPolicy, SteeringHead, load_recipe
 from dsrl_vla.artefact import LARGEST
 from dsrl_vla.cli import main
 from dsrl_vla.errors import DsrlError, MismatchError
+from dsrl_vla.evaluation import RUN_FACTS
 from dsrl_vla.head import HeadConfig
 from dsrl_vla.hub import fetch, inspect, pull, push, shipped_heads, write_artefact
 from dsrl_vla.networks import NetworkConfig
@@ -345,6 +346,15 @@ def test_a_card_that_was_edited_on_the_hub_is_no_damage(head, run, tmp_path):
 def test_an_unfinished_run_is_not_pushed(head, run, tmp_path):
     (run / "eval.json").unlink()
     with pytest.raises(DsrlError, match="expected a finished run, with an eval.json"):
+        write_artefact(head, tmp_path / "out", run)
+
+
+def test_a_run_that_was_evaluated_on_its_way_is_not_pushed_as_a_finished_one(head, run, tmp_path):
+    found = json.loads((run / "eval.json").read_text())
+    (run / "eval.json").write_text(json.dumps({k: v for k, v in found.items() if k not in RUN_FACTS}))
+    with pytest.raises(
+        DsrlError, match="expected what a finished run says of itself, got the evaluation of one under"
+    ):
         write_artefact(head, tmp_path / "out", run)
 
 

@@ -14,7 +14,7 @@ from dsrl_vla.networks import NetworkConfig
 from dsrl_vla.noise import NoiseLayout
 from dsrl_vla.noise_bank import ACTION, BANK_ACTION, BANK_LATENT, BankConfig, BankKeeper, Keeper, PrefixKeeper
 from dsrl_vla.observation import batch
-from dsrl_vla.offline import MixedReplay, OfflineConfig, OfflineLoader, sparse_success
+from dsrl_vla.offline import MixedReplay, OfflineConfig, OfflineLoader, check_episode, sparse_success
 from dsrl_vla.offline_sources import fill, load_relabel, read_episodes, read_npz, write_npz
 from dsrl_vla.recording import record
 from dsrl_vla.replay import Replay
@@ -317,6 +317,47 @@ def test_a_source_without_an_episode_is_named(episodes, tmp_path):
     np.savez(path, **columns)
     with pytest.raises(DsrlError, match="whole and with episodes, got no episode"):
         list(read_episodes(OfflineConfig(str(path))))
+
+
+def test_episodes_whose_steps_are_mixed_are_refused(tmp_path):
+    steps = {"episode_index": np.array([0, 1, 0, 1]), "action": np.zeros((4, 2)), "terminated": np.zeros(4, bool)}
+    np.savez(tmp_path / "mixed.npz", **steps)
+    with pytest.raises(DsrlError, match="the steps of every episode one after the other, got episodes that are mixed"):
+        list(read_episodes(OfflineConfig(str(tmp_path / "mixed.npz"))))
+
+
+def test_a_heads_own_cameras_are_wanted_of_offline_data(fork_base, head, episodes):
+    with pytest.raises(DsrlError, match="offline episode 0: expected a field 'observation.images.front'"):
+        check_episode(episodes[0], 0, fork_base, cameras=("front",))
+
+
+def test_other_data_of_the_same_lengths_and_rewards_are_noticed(fork_base, head, episodes):
+    """With sparse rewards these depend on nothing but when episodes end."""
+    found = set()
+    for shift in (0.0, 0.1):
+        moved = [e | {"observation.state": e["observation.state"] + np.float32(shift)} for e in episodes]
+        replay = filled(fork_base, head, moved)
+        found.add(MixedReplay(replay, replay, 0.5).sha256)
+    assert len(found) == 2
+
+
+def test_what_was_recorded_until_ctrl_c_is_kept(fork_recipe, tmp_path, capsys, monkeypatch):
+    from dsrl_vla import recording
+
+    original = recording.record
+
+    def interrupted(*args, **kwargs):
+        for count, episode in enumerate(original(*args, **kwargs)):
+            if count == 3:
+                raise KeyboardInterrupt
+            yield episode
+
+    monkeypatch.setattr(recording, "record", interrupted)
+    out = tmp_path / "some.npz"
+    assert main(["record", str(fork_recipe), "--episodes", "8", "--skip", "10", "--out", str(out)]) == 130
+    said = capsys.readouterr().out
+    assert said.startswith("3 episodes") and "--skip 13" in said and list(tmp_path.glob(".*")) == []
+    assert len(list(read_episodes(OfflineConfig(str(out))))) == 3
 
 
 def test_updates_on_no_data_are_refused():

@@ -96,6 +96,14 @@ def test_another_distribution_can_add_an_adapter(tmp_path):
         assert adapters()["third"] == "thirdparty:load"
         base = load_base("third:5")
         assert base.spec.action_dim == 5 and base.spec.uri == "third:5"
+        import thirdparty
+        thirdparty.load = lambda source, *, dtype, device: None
+        try:
+            load_base("third:5")
+        except ValueError as error:
+            assert "the loader of 'third:': expected load(source, *, dtype='float32', device=" in str(error), error
+        else:
+            raise AssertionError
     """, path=[tmp_path])  # fmt: skip
     assert run.returncode == 0, run.stderr
 

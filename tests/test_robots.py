@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from dsrl_vla.errors import DsrlError
+from dsrl_vla.errors import DsrlError, UnknownNameError
 from dsrl_vla.robots.config import read_robot_file
 from dsrl_vla.robots.connect import make
 from dsrl_vla.robots.guards import Guards, GuardsConfig
@@ -122,6 +122,14 @@ def test_guards_with_a_gap_are_refused(config, measured, words):
     names = ["x.pos", "y.pos"]
     with pytest.raises(DsrlError, match=words):
         Guards(config, names, names if measured else [])
+
+
+@pytest.mark.parametrize("table", ["limits", "max_step", "rest"])
+def test_guards_of_an_action_that_there_is_none_of_are_refused(table):
+    """A tighter limit under a mistyped name would be none."""
+    config = arm_guards(**{table: getattr(arm_guards(), table) | {"y.poss": [-1, 1] if table == "limits" else 0.5}})
+    with pytest.raises(UnknownNameError, match=rf"unknown action in guards\.{table} 'y\.poss'. Did you mean 'y\.pos'"):
+        Guards(config, ["x.pos", "y.pos"], ["x.pos", "y.pos"])
 
 
 def test_a_rig_guards_stops_and_reports_what_was_executed():
@@ -593,7 +601,7 @@ def test_two_tasks_share_one_connection(tmp_path):
 @pytest.mark.parametrize(
     ("more", "words"),
     [
-        ({"fsp": 30}, "unknown recipe key 'fsp'. Did you mean 'fps'"),
+        ({"fsp": 30}, r"unknown key of .*robot.yaml: 'fsp'. Did you mean 'fps'"),
         ({"robot": {"factory": "nowhere:Robot"}}, "robot.factory: expected an importable"),
         ({"operator": "nobody"}, "operator: expected terminal, teleop, none or"),
         ({"reward_range": [0]}, r"reward_range: expected \[least, greatest\]"),

@@ -95,6 +95,15 @@ def test_a_chunk_stops_where_the_episode_ends():
     assert reward == -2 and info["rewards"].tolist() == [-1, -1, 0, 0]
 
 
+def test_a_reward_beyond_what_the_task_says_is_refused(monkeypatch):
+    """0 and 1 under the defaults would make idling worth more than success."""
+    monkeypatch.setattr(Fork, "advance", lambda *_: (1.0, True, True))
+    env = make_task("point:fork").chunked(4)
+    env.reset(seed=0)
+    with pytest.raises(DsrlError, match=r"task point:fork: reward: expected within \[-1, 0\], got 1.0. Give 0.0 to"):
+        env.step(np.zeros((4, 2), np.float32))
+
+
 def test_success_terminates_and_is_not_truncation():
     env = make_task("point:fork")
     env.reset(seed=0)
@@ -363,6 +372,10 @@ def test_bad_task_fields_are_named():
         TaskConfig(num_envs=0)
     with pytest.raises(DsrlError, match="task.vector: expected sync or async"):
         TaskConfig(vector="threads")
+    with pytest.raises(DsrlError, match="task.max_episode_steps: expected 1 or more, got 0"):
+        TaskConfig(max_episode_steps=0)
+    with pytest.raises(DsrlError, match="task.more: expected other tasks than task.uri, each once, got point:fork"):
+        TaskConfig("point:fork", more=("point:fork",))
 
 
 def test_a_base_refuses_a_task_it_does_not_fit(fork_base, nano):

@@ -41,13 +41,13 @@ def test_a_recipe_that_has_changed_since_is_no_longer_measured(monkeypatch, tmp_
 
 def test_preflight_then_a_recipe_then_training(fork_recipe, tmp_path, capsys):
     flags = ["--episodes", "6", "--best-of", "2", "--layouts", "repeat", "chunk", "--bounds", "1.5"]
-    flags += ["--noise.columns", "all", "--task.more", "[point:fork]", "--task.vector", "async"]
+    flags += ["--noise.columns", "all", "--task.more", "[point:mirror]", "--task.vector", "async"]
     assert main(["preflight", str(fork_recipe), "--out", str(tmp_path), *flags]) == 0
     out = tmp_path / "777.yaml"
     assert main(["init-recipe", str(tmp_path / "preflight.json"), "--out", str(out)]) == 0
     assert f"next: dsrl-vla train {out}" in capsys.readouterr().out
     recipe, report = load_recipe(out), json.loads((tmp_path / "preflight.json").read_text())
-    asked = load_recipe(fork_recipe, {"task": {"more": ["point:fork"], "vector": "async"}})
+    asked = load_recipe(fork_recipe, {"task": {"more": ["point:mirror"], "vector": "async"}})
     assert recipe.name == "777" and recipe.noise.columns == "all" and report["episodes"] == 12
     assert recipe.base == asked.base and recipe.task == asked.task
     assert recipe.noise.layout == report["recommendation"]["layout"]

@@ -236,6 +236,18 @@ def test_a_tracker_that_fails_is_done_without(fork_folder, tmp_path, monkeypatch
     assert caplog.text.count("the tracker failed, and is done without: No space left on device") == 1
 
 
+def test_a_tracker_that_does_not_start_is_done_without(fork_folder, tmp_path, monkeypatch, caplog):
+    from accelerate import Accelerator
+
+    def nobody(*_, **__):
+        raise RuntimeError("api_key not configured\nlog in")
+
+    monkeypatch.setattr(Accelerator, "init_trackers", nobody)
+    recipe = load_recipe("drawer-open", short(fork_folder, env_steps=600, tracker="tensorboard"))
+    assert not train(recipe, tmp_path / "run", evaluate_after=False).interrupted
+    assert "the tracker 'tensorboard' does not start, and is done without: api_key not configured" in caplog.text
+
+
 def test_a_tracker_that_is_not_installed_names_the_command(fork_folder, tmp_path, monkeypatch):
     import importlib.util
 

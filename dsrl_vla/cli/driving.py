@@ -14,10 +14,15 @@ class DriveArgs:
 
     robot: tyro.conf.Positional[Path]
     """The robot's YAML file; see dsrl_vla.robots.config."""
-    run: Path | None = None
-    """A run's directory: its base and its best head."""
+    run: str = ""
+    """A run's directory, a head's folder or a shipped head: its base and its (best) head."""
     base: str = ""
-    """URI of a base, to run it as it is."""
+    """URI of a base, to run it as it is, or with `--head`."""
+    head: str | None = None
+    """A head: a folder or a Hub repository; by default the run's."""
+    dtype: str = ""
+    """Of the base; by default its adapter's, or the run's."""
+    device: str = ""
     episodes: int = 1
     max_episode_steps: int = 300
     seed: int = 0
@@ -27,23 +32,18 @@ def run_drive(argv: list[str]) -> int:
     """Run a base or a head on a robot."""
     args = tyro.cli(DriveArgs, prog="dsrl-vla drive", args=argv)
     from .. import seeds
-    from ..bases import load_base
     from ..episodes import run_episodes
     from ..errors import bad
     from ..rollout import TaskConfig, VectorTask
     from ..sources import NoiseSource, PriorNoise, SteeredNoise
     from ..steered_policy import SteeredPolicy
-    from ..training import load_run
+    from .serving import ServeArgs, load
 
     numbers = seeds.block(args.seed, args.episodes)
     if bool(args.run) == bool(args.base):
         raise bad("drive", "either --run or --base", "both" if args.base else "neither")
-    if args.run:
-        recipe, head = load_run(args.run)
-        base = recipe.base.load()
-        policy: SteeredPolicy | None = SteeredPolicy(base, head)
-    else:
-        base, policy = load_base(args.base), None
+    base, head = load(ServeArgs(args.run or args.base, args.head, dtype=args.dtype, device=args.device))
+    policy = SteeredPolicy(base, head) if head else None
     source: NoiseSource = SteeredNoise(policy) if policy else PriorNoise(base.spec.noise)
     config = TaskConfig(f"robot:{args.robot}", args.max_episode_steps, num_envs=1)
     with VectorTask(config, base.spec.executed_steps) as task:

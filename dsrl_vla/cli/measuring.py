@@ -215,7 +215,7 @@ def run_record(argv: list[str]) -> int:
     from ..offline_sources import write_npz
     from ..pairing import check_pair
     from ..recording import record
-    from ..run_dir import disk_errors, make_folder
+    from ..run_dir import make_folder
     from ..sources import HeadNoise, HeldNoise, LayoutNoise, NoiseSource, PriorNoise
     from ..training import load_run
 
@@ -243,8 +243,16 @@ def run_record(argv: list[str]) -> int:
             won.append(bool(episode["success"].max()))
             bar.update()
 
-        episodes = record(base, recipe.task, source, numbers, tick)
-        with disk_errors(args.out.parent):
-            write_npz(args.out, episodes)
-    print(f"{len(won)} episodes, {sum(won)} successful; written: {args.out}")
-    return 0
+        kept: list[Any] = []
+        try:
+            kept.extend(record(base, recipe.task, source, numbers, tick))
+        except KeyboardInterrupt:  # what has been played is worth keeping
+            if not kept:
+                raise
+    write_npz(args.out, kept)
+    print(f"{len(kept)} episodes, {sum(won[: len(kept)])} successful; written: {args.out}")
+    if len(kept) == args.episodes * len(recipe.task.uris):
+        return 0
+    if len(recipe.task.uris) == 1:
+        print(f"interrupted; others than these: --skip {args.skip + len(kept)}")
+    return 130

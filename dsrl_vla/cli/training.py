@@ -28,7 +28,7 @@ class TrainArgs:
     resume: bool = False
     """Go on from the newest checkpoint in the run directory."""
     help_recipe: bool = False
-    """Show every field of the recipe with its value, and stop."""
+    """Show every field of the recipe with its value, and stop: dsrl-vla train demo --help-recipe"""
 
 
 @dataclass(frozen=True)

@@ -85,5 +85,5 @@ def read_robot_file(path: Path) -> RobotFile:
     for key in ("robot", "prompt"):
         if key not in tree:
             raise bad(f"{path}", f"a key '{key}'", ", ".join(tree))
-    made: RobotFile = from_plain(RobotFile, tree, "")
+    made: RobotFile = from_plain(RobotFile, tree, "", f"key of {path}:")
     return made

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import bad
+from ..errors import bad, unknown
 
 
 @dataclass(frozen=True)
@@ -59,9 +59,14 @@ class Guards:
 
     Raises:
         DsrlError: an action without limits, without a greatest step, or without a way to stand still.
+        UnknownNameError: guards of an action that the robot does not have.
     """
 
     def __init__(self, config: GuardsConfig, names: Sequence[str], measured: Sequence[str]):
+        for table in ("limits", "max_step", "rest"):
+            for key in getattr(config, table):
+                if not any(fnmatchcase(name, key) for name in names):  # else a tighter limit would be none at all
+                    raise unknown(f"action in guards.{table}", key, names)
         self.names = list(names)
         self.measured = np.array([name in measured for name in names], dtype=bool)
         self.velocity = np.array([name.endswith(_VELOCITY) for name in names], dtype=bool)

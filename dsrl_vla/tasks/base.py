@@ -7,6 +7,7 @@ actions needs one image per chunk, and rendering is most of the cost of a simula
 from __future__ import annotations
 
 import abc
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -31,7 +32,8 @@ class TaskInfo:
     action_dim: int
     cameras: Mapping[str, tuple[int, int, int]] = field(default_factory=dict)
     reward_range: tuple[float, float] = (-1.0, 0.0)
-    """Least and greatest reward of a step: what bounds a value estimate."""
+    """Least and greatest reward of a step: what bounds a value estimate. -1 a step and 0 on the one that succeeds is
+    what the defaults are for (`sac.reward_offset`); 0 and 1 would make idling worth more than success."""
     measure: Measured = "success"
     """What counts: the share of episodes that succeed or, where nothing is a success, their return."""
     scenes: int | None = None
@@ -150,6 +152,7 @@ class ChunkEnv(gym.Env):
         over = False
         for row in action:
             rewards[steps], success, terminated = self.env.advance(row)
+            self._check_reward(float(rewards[steps]))
             steps += 1
             self._steps += 1
             over = self.env.cut_short or self._steps >= self.info.max_episode_steps
@@ -158,6 +161,13 @@ class ChunkEnv(gym.Env):
         self._seen = self.env.observe()
         info = {"success": bool(success), "steps": steps, "rewards": rewards}
         return self._seen, float(rewards.sum()), terminated, over and not terminated, info
+
+    def _check_reward(self, reward: float) -> None:
+        """Refuse one beyond what the task says: values are bounded by that, and would be wrong without a word."""
+        low, high = self.info.reward_range
+        if not low - 1e-6 <= reward <= high + 1e-6 and math.isfinite(reward):
+            fix = "Give 0.0 to the step that succeeds and -1.0 to others, or say its TaskInfo.reward_range."
+            raise bad(f"task {self.info.uri}: reward", f"within [{low:g}, {high:g}]", reward, fix)
 
     def restore(self) -> dict[str, np.ndarray]:
         """Execute the episode in `under_way` again; return what is then observed."""

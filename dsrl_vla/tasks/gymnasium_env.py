@@ -44,7 +44,8 @@ def make(name: str, *, max_episode_steps: int | None = None, uri: str = "") -> G
         raise missing_extra("mujoco", "mujoco", f"the task 'gymnasium:{name}'") from error
     except (gym.error.Error, ModuleNotFoundError) as error:
         raise unknown("Gymnasium environment", name, gym.registry) from error
-    limit = max_episode_steps or gym.spec(name).max_episode_steps or _LIMIT
+    registered = env.spec.id if env.spec else name  # with its version, and without the module that registers it
+    limit = max_episode_steps or gym.spec(registered).max_episode_steps or _LIMIT
     return GymnasiumTask(env, limit, uri or f"gymnasium:{name}")
 
 

@@ -222,8 +222,8 @@ def _lerobot_episode(rows: list[dict[str, Any]]) -> OfflineEpisode:
         elif name in _SCALARS:
             values = values.reshape(len(rows), -1)[:, 0]
         episode[name] = values
-    ended = episode.pop("next.terminated", episode.get("success", np.zeros(1)))
-    episode["terminated"] = bool(np.max(ended))
+    told = [episode.pop(name) for name in _ENDS[:2] if name in episode] or [episode.get("success", np.zeros(1))]
+    episode["terminated"] = bool(np.max(told[0]))
     return episode
 
 

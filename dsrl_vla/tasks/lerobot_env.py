@@ -127,11 +127,13 @@ class LeRobotTask(TaskEnv):
         if hasattr(inner, "init_state_id"):  # LIBERO's initial states take turns, whatever the seed
             inner.init_state_id = seed
         self._raw, _ = self.env.reset(seed=seed)
+        self.cut_short = False
 
     def advance(self, action: np.ndarray) -> tuple[float, bool, bool]:
         space = self.env.action_space
         action = np.clip(action, space.low, space.high).astype(space.dtype)
-        self._raw, _, terminated, _, info = self.env.step(action)
+        self._raw, _, terminated, truncated, info = self.env.step(action)
+        self.cut_short = bool(truncated)  # by a limit of its own
         success = bool(info.get("is_success", False))
         return (0.0 if success else -1.0), success, bool(terminated or success)
 

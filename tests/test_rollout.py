@@ -104,6 +104,27 @@ def test_a_reward_beyond_what_the_task_says_is_refused(monkeypatch):
         env.step(np.zeros((4, 2), np.float32))
 
 
+@pytest.mark.parametrize(
+    ("method", "given", "words"),
+    [
+        ("observe", None, r"observe\(\): expected a dictionary, got NoneType"),
+        ("observe", {"state": np.zeros(4)}, r"observe\(\): expected 'observation.state' in it, got state"),
+        (
+            "observe",
+            {"observation.state": np.zeros(5)},
+            r"observation.state: expected float32 of shape \(4,\), got float64",
+        ),
+        ("advance", (0.0, True), r"advance\(\): expected reward, success, terminated, got 2 values"),
+    ],
+)
+def test_what_a_task_gives_back_is_checked(method, given, words, monkeypatch):
+    monkeypatch.setattr(Fork, method, lambda *_: given)
+    env = make_task("point:fork").chunked(4)
+    with pytest.raises(DsrlError, match=f"task point:fork: {words}"):
+        env.reset(seed=0)
+        env.step(np.zeros((4, 2), np.float32))
+
+
 def test_success_terminates_and_is_not_truncation():
     env = make_task("point:fork")
     env.reset(seed=0)

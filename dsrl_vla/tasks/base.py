@@ -140,8 +140,10 @@ class ChunkEnv(gym.Env):
         self._resting = seed is None and bool(self._seen)
         if self._resting:
             return self._seen, {}
-        self._steps = 0
+        self._steps, first = 0, not self._seen
         self._seen, info = self.env.reset(seed=seed, options=options)
+        if first:
+            self._check_seen()
         return self._seen, info
 
     def step(self, action: np.ndarray):
@@ -151,7 +153,11 @@ class ChunkEnv(gym.Env):
         steps, success, terminated = 0, False, False
         over = False
         for row in action:
-            rewards[steps], success, terminated = self.env.advance(row)
+            told = self.env.advance(row)
+            if not isinstance(told, tuple) or len(told) != 3:
+                got = f"{len(told)} values" if isinstance(told, tuple) else type(told).__name__
+                raise bad(f"task {self.info.uri}: advance()", "reward, success, terminated", got)
+            rewards[steps], success, terminated = told
             self._check_reward(float(rewards[steps]))
             steps += 1
             self._steps += 1
@@ -161,6 +167,18 @@ class ChunkEnv(gym.Env):
         self._seen = self.env.observe()
         info = {"success": bool(success), "steps": steps, "rewards": rewards}
         return self._seen, float(rewards.sum()), terminated, over and not terminated, info
+
+    def _check_seen(self) -> None:
+        """Refuse an observation that is not as the task's own `info` has it."""
+        named, spaces = f"task {self.info.uri}: observe()", self.observation_space
+        if not isinstance(self._seen, Mapping):
+            raise bad(named, "a dictionary", type(self._seen).__name__)
+        for name, space in spaces.items():  # type: ignore[attr-defined]
+            if name not in self._seen:
+                raise bad(named, f"'{name}' in it", ", ".join(map(str, self._seen)) or "nothing")
+            value = np.asarray(self._seen[name])
+            if value.shape != space.shape or (name != STATE and value.dtype != np.uint8):
+                raise bad(f"{named}: {name}", f"{space.dtype} of shape {space.shape}", f"{value.dtype} {value.shape}")
 
     def _check_reward(self, reward: float) -> None:
         """Refuse one beyond what the task says: values are bounded by that, and would be wrong without a word."""

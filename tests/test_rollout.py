@@ -112,7 +112,7 @@ def test_a_reward_beyond_what_the_task_says_is_refused(monkeypatch):
         (
             "observe",
             {"observation.state": np.zeros(5)},
-            r"observation.state: expected float32 of shape \(4,\), got float64",
+            r"observe\(\): observation.state: expected float32 of shape \(4,\), got float64",
         ),
         ("advance", (0.0, True), r"advance\(\): expected reward, success, terminated, got 2 values"),
     ],

@@ -53,8 +53,8 @@ class ObservationSpec:
             self._check_image(IMAGE_PREFIX + name, _get(observations, IMAGE_PREFIX + name), batch, shape)
         if self.prompt:
             prompts = _get(observations, PROMPT)
-            many = isinstance(prompts, Sized) and not isinstance(prompts, str) and len(prompts) == batch
-            if not many or not all(isinstance(text, str) for text in prompts):
+            listed = isinstance(prompts, Sized) and not isinstance(prompts, str) and getattr(prompts, "ndim", 1) == 1
+            if not listed or len(prompts) != batch or not all(isinstance(text, str) for text in prompts):
                 raise bad(PROMPT, f"a list of {batch} prompts", f"{prompts!r}"[:80])
         return batch
 

@@ -343,16 +343,15 @@ def test_bad_settings_are_refused(options, message):
 
 
 def test_the_thread_behind_a_deadline_ends_with_its_policy(fork_base, observation):
-    alive = lambda: [t for t in threading.enumerate() if t.name == "steering-head"]
-    gc.collect()
-    before = len(alive())
+    alive = lambda: {t for t in threading.enumerate() if t.name == "steering-head"}
+    old = alive()
     policy = SteeredPolicy(fork_base, make_head(fork_base), failsafe=FailSafe(deadline_s=5.0))
     policy.act(observation(fork_base))
-    head = weakref.ref(policy.head)
-    assert len(alive()) == before + 1
+    head, mine = weakref.ref(policy.head), alive() - old
+    assert len(mine) == 1
     del policy
     gc.collect()
     until = time.monotonic() + 10
-    while (len(alive()) > before or head()) and time.monotonic() < until:
+    while (mine & alive() or head()) and time.monotonic() < until:
         time.sleep(0.01)
-    assert len(alive()) == before and head() is None
+    assert not mine & alive() and head() is None

@@ -958,6 +958,8 @@ def test_drive_rehearses_and_reports(fork_folder, tmp_path, capsys):
     said = capsys.readouterr().out
     assert "success, 4 steps\nno success, 8 steps\n1 of 2 episodes succeeded" in said
     assert "commands 12" in said and "late" in said
+    assert main(["drive", str(path), "--run", f"flow-mlp:{fork_folder}"]) == 2
+    assert "drive --run: expected a run's directory, a head's folder or a shipped head" in capsys.readouterr().err
     assert main(["drive", str(path)]) == 2
 
 

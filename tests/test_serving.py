@@ -374,8 +374,18 @@ def test_batches_are_powers_of_two_all_of_them_warm(fork_base, observation):
     blocked.set()
     for future in futures:
         future.result(10)
-    worker.close()
     assert sizes == [1, 4, 2, 1, 1, 2]
+    sizes.clear(), blocked.clear()
+    futures = [worker.submit(one, session)]
+    while not sizes:
+        time.sleep(0.01)
+    futures += [worker.submit(one, session) for _ in range(8)]
+    assert all(future.cancel() for future in futures[1:4])  # their clients have hung up
+    blocked.set()
+    for future in futures[4:]:
+        future.result(10)
+    worker.close()
+    assert sizes == [1, 4, 1]
     sizes[:] = [0]
     with PolicyServer(service, ServerConfig(port=0, max_batch=6)):
         assert sizes[1:] == [1, 2, 4, 1]

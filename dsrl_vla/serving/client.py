@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import contextlib
 import logging
 import ssl
 import threading
@@ -86,6 +87,7 @@ class Client:
         self.config = config
         self._ssl = config.ssl_context()
         self._lock = threading.Lock()
+        self._gate = threading.Lock()  # between what is asked of the network's thread and its end
         self._closed = False
         self._connection: ClientConnection | None = None
         self._loop = asyncio.new_event_loop()
@@ -122,15 +124,15 @@ class Client:
 
     def close(self) -> None:
         """Close the connection and end the thread; a request that waits in another is told so. Once is enough."""
-        if self._closed:
-            return
-        self._closed = True
 
         def end() -> None:
             self._abandon()
             self._loop.stop()
 
-        self._loop.call_soon_threadsafe(end)
+        with self._gate:
+            if not self._closed:
+                self._closed = True
+                self._loop.call_soon_threadsafe(end)
 
     def _within(self, work: Coroutine[Any, Any, Result], seconds: float) -> Result:
         """Run in the network's thread; at the deadline leave it, and its connection, behind."""
@@ -140,17 +142,19 @@ class Client:
             raise self._late(seconds, "busy with another thread's request")
         try:
             gone = ServerUnavailableError(f"{self.config.uri}: expected an open client, got one that was closed.")
-            if self._closed:
-                work.close()
-                raise gone
-            future = asyncio.run_coroutine_threadsafe(work, self._loop)
+            with self._gate:
+                if self._closed:
+                    work.close()
+                    raise gone
+                future = asyncio.run_coroutine_threadsafe(work, self._loop)
             try:
                 return future.result(max(0.0, until - time.monotonic()))
             except concurrent.futures.CancelledError:
                 raise gone from None
             except (concurrent.futures.TimeoutError, KeyboardInterrupt) as error:
                 future.cancel()
-                self._loop.call_soon_threadsafe(self._abandon)
+                with contextlib.suppress(RuntimeError):  # it has just been closed
+                    self._loop.call_soon_threadsafe(self._abandon)
                 if isinstance(error, KeyboardInterrupt):
                     raise
                 raise self._late(seconds, self._trouble) from None

@@ -144,7 +144,9 @@ def array(value: Any, place: str) -> np.ndarray:
     inner = [value]
     while any(isinstance(part, list) for part in inner):
         inner = [each for part in inner for each in (part if isinstance(part, list) else [part])]
-    if isinstance(value, list) and not all(isinstance(part, (bool, int, float, np.generic)) for part in inner):
+    if isinstance(value, list) and not all(
+        isinstance(part, (bool, int, float, np.generic, np.ndarray)) for part in inner
+    ):
         raise WireError(str(bad(place, "numbers", "a list of something else")))
     if not isinstance(value, (list, bool, int, float, np.ndarray, np.generic)):
         raise WireError(str(bad(place, "numbers", type(value).__name__)))

@@ -274,7 +274,8 @@ class _HungUp(Exception):
 
 async def _while_open(connection: ServerConnection, future: Future[Reply]) -> Reply:
     """What a job comes to. One whose client hangs up is called off, if it has not begun: otherwise clients that lose
-    patience, and ask again, would keep the base busy with what nobody reads."""
+    patience, and ask again, would keep the base busy with what nobody reads. Of one that has sent several messages
+    ahead it is not heard that it hung up."""
     reply: asyncio.Future[Reply] = asyncio.wrap_future(future)
     closed: asyncio.Future[None] = asyncio.ensure_future(connection.wait_closed())
     both: list[asyncio.Future[Any]] = [reply, closed]

@@ -59,8 +59,10 @@ class Worker:
         while not self._stopping:
             self._fetch()
             running = [job for job in self._next() if job.future.set_running_or_notify_cancel()]
-            if running:
-                self._run(running)
+            while running:  # in one go, unless one has been called off just now
+                size = max(size for size in self.sizes if size <= len(running))
+                self._run(running[:size])
+                running = running[size:]
 
     def _fetch(self) -> None:
         """Take over what has queued up; when there is nothing to do at all, wait."""
@@ -76,6 +78,7 @@ class Worker:
 
     def _next(self) -> list[_Job]:
         """The jobs whose turn it is: the first, and those behind it that can share its prefix pass."""
+        self._waiting = deque(job for job in self._waiting if not job.future.cancelled())
         if self._stopping or not self._waiting:
             return []
         key = batch_key(self._waiting[0].request)

@@ -182,7 +182,7 @@ class ChunkEnv(gym.Env):
 
     def _check_reward(self, reward: float) -> None:
         """Refuse one beyond what the task says: values are bounded by that, and would be wrong without a word."""
-        low, high = self.info.reward_range
+        low, high = self.info.reward_range  # one that is not a number ends an episode; see `faults`
         if not low - 1e-6 <= reward <= high + 1e-6 and math.isfinite(reward):
             fix = "Give 0.0 to the step that succeeds and -1.0 to others, or say its TaskInfo.reward_range."
             raise bad(f"task {self.info.uri}: reward", f"within [{low:g}, {high:g}]", reward, fix)

@@ -39,12 +39,6 @@ def load_base(uri: str, **options: Any) -> FrozenPolicy:
     loader = load(GROUP, "adapter", name)
     _check_options(name, loader, options)
     try:
-        inspect.signature(loader).bind(source, uri=uri, **options)
-    except TypeError as error:
-        raise bad(
-            f"the loader of '{name}:'", "load(source, *, dtype='float32', device='cpu', uri='')", f"{error}"
-        ) from error
-    try:
         return loader(source, uri=uri, **options)
     except json.JSONDecodeError as error:
         raise bad(f"base '{uri}'", "JSON files that are whole", f"{error}") from error
@@ -65,13 +59,17 @@ def check_named(uri: str, by: str, fix: str) -> None:
 
 
 def _check_options(adapter: str, loader: Callable[..., FrozenPolicy], options: Mapping[str, Any]) -> None:
-    parameters = inspect.signature(loader).parameters
-    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
-        return
-    known = set(parameters) - {"source", "uri"}
-    for option in options:
-        if option not in known:
-            raise unknown(f"option of the adapter '{adapter}:'", option, known)
+    signature = inspect.signature(loader)
+    if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in signature.parameters.values()):
+        known = set(signature.parameters) - {"source", "uri"}
+        for option in options:
+            if option not in known:
+                raise unknown(f"option of the adapter '{adapter}:'", option, known)
+    try:
+        signature.bind("", uri="", **options)
+    except TypeError as error:
+        wanted = "load(source, *, dtype='float32', device='cpu', uri='')"
+        raise bad(f"the loader of '{adapter}:'", wanted, f"{error}") from error
 
 
 def check_device(name: str, device: str) -> None:

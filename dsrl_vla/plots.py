@@ -35,8 +35,8 @@ def draw_curves(path: Path, rows: list[dict[str, Any]], result: dict[str, Any] |
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.6), width_ratios=(1.6, 1))
     train = [(r["env_steps"], r["success"]) for r in rows if "success" in r]
-    what = next((name for name in YARDSTICKS if any(f"validation_{name}" in r for r in rows)), "success")
-    what = yardstick(result["base"]).name if result else what
+    validated = next((name for name in YARDSTICKS if any(f"validation_{name}" in r for r in rows)), "success")
+    what = yardstick(result["base"]).name if result else validated
     held = [(r["env_steps"], r[f"validation_{what}"]) for r in rows if f"validation_{what}" in r]
     if train:
         left.plot(*zip(*train, strict=True), color=_STEERED, alpha=0.35, label="training, last 50 episodes")

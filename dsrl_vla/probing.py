@@ -88,10 +88,7 @@ def _effect(a: torch.Tensor, b: torch.Tensor) -> float:
 def _check_rows(base: FrozenPolicy, observations: Observations, noise: torch.Tensor, alone: torch.Tensor) -> None:
     """Refuse a base whose rows of a batch, or whose noises, are mixed up: many robots at once would get each other's
     actions, and one by itself the right ones."""
-    other = {key: value if key == PROMPT else np.asarray(value).copy() for key, value in observations.items()}
-    other[STATE] = other[STATE] + 1.0
-    for name in base.spec.observation.cameras:
-        other[IMAGE_PREFIX + name] = 255 - other[IMAGE_PREFIX + name]
+    other = _negatives(base, observations) | {STATE: np.asarray(observations[STATE]) + 1.0}
     both = {k: [*v, *other[k]] if k == PROMPT else np.concatenate([v, other[k]]) for k, v in observations.items()}
     together = base.denoise(base.encode(both), torch.cat([noise, noise]))
     apart = torch.cat([alone, base.denoise(base.encode(other), noise)])
@@ -109,6 +106,12 @@ def _check_rows(base: FrozenPolicy, observations: Observations, noise: torch.Ten
         )
 
 
+def _negatives(base: FrozenPolicy, observations: Observations) -> Observations:
+    """The same, but for the pictures, which are their negatives."""
+    keys = [IMAGE_PREFIX + name for name in base.spec.observation.cameras]
+    return observations | {key: 255 - np.asarray(observations[key]) for key in keys}
+
+
 def _columns(base: FrozenPolicy, encoding, noise: torch.Tensor) -> tuple[float, ...]:
     dim = base.spec.noise.dim
     shifted = noise.repeat(1, dim + 1, 1, 1)
@@ -123,10 +126,7 @@ def _image_effect(
 ) -> float | None:
     if not base.spec.observation.cameras:
         return None
-    changed = dict(observations)
-    for name in base.spec.observation.cameras:
-        changed[IMAGE_PREFIX + name] = 255 - np.asarray(observations[IMAGE_PREFIX + name])
-    return _effect(base.denoise(base.encode(changed), noise), actions)
+    return _effect(base.denoise(base.encode(_negatives(base, observations)), noise), actions)
 
 
 def _prompt_effect(

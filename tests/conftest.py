@@ -1,5 +1,6 @@
 """Bases and recipes that the tests share; all of them real, small and seeded."""
 
+import functools
 import os
 import signal
 
@@ -120,21 +121,30 @@ def openpi_zoo(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def lerobot_base(tmp_path_factory):
-    """Makes the tiny base of a LeRobot policy type, saved by LeRobot and loaded by the adapter; one per type."""
+def lerobot_folder(tmp_path_factory):
+    """Makes the folder of a LeRobot policy type's tiny policy, saved by LeRobot; one per type."""
     pytest.importorskip("lerobot.policies")
+    import tiny_lerobot
+
+    @functools.cache
+    def make(kind):
+        folder = tmp_path_factory.mktemp(kind)
+        tiny_lerobot.save(kind, folder)
+        return folder
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def lerobot_base(lerobot_folder):
+    """Makes the tiny base of a LeRobot policy type, loaded by the adapter; one per type."""
     import tiny_lerobot
     from dsrl_vla import load_base
 
-    made = {}
-
+    @functools.cache
     def make(kind):
-        if kind not in made:
-            folder = tmp_path_factory.mktemp(kind)
-            tiny_lerobot.save(kind, folder)
-            with tiny_lerobot.sizes(kind):
-                made[kind] = load_base(f"lerobot:{folder}")
-        return made[kind]
+        with tiny_lerobot.sizes(kind):
+            return load_base(f"lerobot:{lerobot_folder(kind)}")
 
     return make
 

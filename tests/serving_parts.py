@@ -79,6 +79,14 @@ class Slow(FlowMLP):
         return super()._denoise(encoding, noise)
 
 
+class Spoilt(FlowMLP):
+    """Its actions are NaN under noise that is the same at every step of the chunk, as a head's is in `repeat`."""
+
+    def _denoise(self, encoding, noise):
+        same = (noise == noise[:, :, :1]).all(dim=(2, 3))
+        return torch.where(same[:, :, None, None], torch.nan, super()._denoise(encoding, noise))
+
+
 def health(uri):
     where, start = urlsplit(uri), time.perf_counter()
     link = http.client.HTTPConnection(where.hostname, where.port, timeout=10)

@@ -30,25 +30,11 @@ def whole_float32():
     torch.backends.cudnn.allow_tf32 = before
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """Makes the folder of a tiny policy, once per type."""
-    made = {}
-
-    def make(kind):
-        if kind not in made:
-            made[kind] = tmp_path_factory.mktemp(kind)
-            tiny_lerobot.save(kind, made[kind])
-        return made[kind]
-
-    return make
-
-
 @pytest.fixture(params=tiny_lerobot.KINDS)
-def both(request, folder):
+def both(request, lerobot_folder):
     """The same policy on the CPU and on the GPU."""
     with tiny_lerobot.sizes(request.param):
-        return [load_base(f"lerobot:{folder(request.param)}", device=device) for device in ("cpu", DEVICE)]
+        return [load_base(f"lerobot:{lerobot_folder(request.param)}", device=device) for device in ("cpu", DEVICE)]
 
 
 def random_head(base):
@@ -119,10 +105,11 @@ def test_a_head_of_the_cpus_base_steers_there(both, observation):
 
 
 @pytest.mark.parametrize("kind", IN_BFLOAT16)
-def test_in_bfloat16(kind, folder, observation):
+def test_in_bfloat16(kind, lerobot_folder, observation):
     with tiny_lerobot.sizes(kind):
         base, there = (
-            load_base(f"lerobot:{folder(kind)}", device=DEVICE, dtype=dtype) for dtype in ("float32", "bfloat16")
+            load_base(f"lerobot:{lerobot_folder(kind)}", device=DEVICE, dtype=dtype)
+            for dtype in ("float32", "bfloat16")
         )
     seen, noise = unsqueeze(observation(base)), base.spec.noise.sample(generators([0]), 8)
     expected, found = base.denoise(base.encode(seen), noise), there.denoise(there.encode(seen), noise)
@@ -130,13 +117,13 @@ def test_in_bfloat16(kind, folder, observation):
     assert (found - found.mean(1, keepdim=True)).abs().max() > 1e-3  # it listens to its noise
 
 
-def test_an_exported_policy_runs_there(folder, observation, tmp_path):
+def test_an_exported_policy_runs_there(lerobot_folder, observation, tmp_path):
     """LeRobot's server loads it, and says where it shall be only then."""
     pytest.importorskip("lerobot_policy_dsrl")
     from lerobot_policy_dsrl import DsrlPolicy
     from lerobot_policy_dsrl.export import write_policy
 
-    base = load_base(f"lerobot:{folder('smolvla')}")
+    base = load_base(f"lerobot:{lerobot_folder('smolvla')}")
     write_policy(tmp_path / "steered", random_head(base), base)
     policy = DsrlPolicy.from_pretrained(tmp_path / "steered")
     seen = raw_batch(observation(base))

@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 import torch
 from dsrl_vla import SteeredPolicy, load_base, load_recipe, train
-from dsrl_vla.adapters.flow_mlp import FlowMLP
 from dsrl_vla.collect import Collector
 from dsrl_vla.errors import DsrlError, NotSteerableError
 from dsrl_vla.head import HeadConfig, SteeringHead
@@ -26,7 +25,7 @@ from dsrl_vla.serving import protocol
 from dsrl_vla.serving.client import Client, ClientConfig, ServerFailedError, ServerUnavailableError
 from dsrl_vla.serving.server import PolicyServer, ServerConfig
 from dsrl_vla.serving.service import Service
-from serving_parts import KEY, Failing, Slow, make_head, start_cli
+from serving_parts import KEY, Failing, Slow, Spoilt, make_head, start_cli
 
 
 @pytest.fixture
@@ -213,13 +212,6 @@ def test_a_base_that_is_closed_while_a_request_waits_says_so_to_the_one_that_wai
 
 
 def test_noise_that_spoils_the_actions_is_fallen_back_from_as_in_process(fork_base, served, observation, connect_to):
-    class Spoilt(FlowMLP):
-        """NaN under noise that is the same at every step, as a head's is in `repeat`."""
-
-        def _denoise(self, encoding, noise):
-            same = (noise == noise[:, :, :1]).all(dim=(2, 3))
-            return torch.where(same[:, :, None, None], torch.nan, super()._denoise(encoding, noise))
-
     base, seen = Spoilt(fork_base.model), observation(fork_base)
     head = make_head(base)
     policies = [SteeredPolicy(each, head) for each in (base, connect_to(served(base).uri))]

@@ -21,7 +21,7 @@ from dsrl_vla.serving.server import PolicyServer, ServerConfig
 from dsrl_vla.serving.service import Handles, Service
 from dsrl_vla.serving.wire import pack, unpack
 from dsrl_vla.serving.worker import Worker, _Job
-from serving_parts import KEY, Failing, Line, Slow, health, make_head, start_cli
+from serving_parts import KEY, Failing, Line, Slow, Spoilt, health, make_head, start_cli
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 
 
@@ -456,14 +456,6 @@ def test_a_head_that_knows_how_far_training_went_is_not_switched_off_by_warming_
     assert head.config.furthest and service.policy.steering
     guard = service.session(1).guard
     assert guard.fallbacks == {} and guard.decisions == 0 and not service.counts
-
-
-class Spoilt(FlowMLP):
-    """Its actions are NaN under noise that is the same at every step of the chunk, as a head's is in `repeat`."""
-
-    def _denoise(self, encoding, noise):
-        same = (noise == noise[:, :, :1]).all(dim=(2, 3))
-        return torch.where(same[:, :, None, None], torch.nan, super()._denoise(encoding, noise))
 
 
 def test_actions_that_only_the_heads_noise_spoils_are_the_bases_own(fork_base, served, observation):

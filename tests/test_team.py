@@ -32,32 +32,18 @@ if __name__ == "__main__":
     run.head.save_pretrained(sys.argv[2] + ("-leader" if run.leads else "-follower"))
 """
 
-FAILING = """
+FAULT = """
 import os
 from dsrl_vla.latent_sac import LatentSAC
 
 update = LatentSAC.update
 
 def failing(self, batch):
-    if os.environ["RANK"] == "0" and self.updates == 7:
-        raise ValueError("a fault inside an update")
+    if os.environ["RANK"] == "{rank}" and self.updates == 7:
+        {fault}
     return update(self, batch)
 
 LatentSAC.update = failing
-"""
-
-DYING = """
-import os
-from dsrl_vla.latent_sac import LatentSAC
-
-update = LatentSAC.update
-
-def dying(self, batch):
-    if os.environ["RANK"] == "1" and self.updates == 7:
-        os._exit(9)
-    return update(self, batch)
-
-LatentSAC.update = dying
 """
 
 
@@ -134,7 +120,9 @@ def test_the_command_line_is_launched_too_and_ends_well(written, tmp_path):
 def test_a_leader_that_fails_inside_an_update_takes_the_others_with_it(written, tmp_path):
     """The others wait for its gradients, and would take a word to stop for them."""
     _, path = written()
-    (tmp_path / "child.py").write_text(FAILING + CHILD)
+    (tmp_path / "child.py").write_text(
+        FAULT.format(rank=0, fault="raise ValueError('a fault inside an update')") + CHILD
+    )
     failed = launch(tmp_path / "child.py", path, tmp_path / "run")
     assert failed.returncode != 0 and "a fault inside an update" in failed.stderr
     assert not list(tmp_path.glob("run-*")), "nobody went on to the end"
@@ -142,7 +130,7 @@ def test_a_leader_that_fails_inside_an_update_takes_the_others_with_it(written, 
 
 def test_a_follower_that_dies_is_missed_by_name(written, tmp_path):
     _, path = written()
-    (tmp_path / "child.py").write_text(DYING + CHILD)
+    (tmp_path / "child.py").write_text(FAULT.format(rank=1, fault="os._exit(9)") + CHILD)
     failed = launch(tmp_path / "child.py", path, tmp_path / "run")
     assert failed.returncode != 0 and not list(tmp_path.glob("run-*"))
     assert "process 0 of 2: expected every other process to go on, got no word from it" in failed.stderr

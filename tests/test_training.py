@@ -224,28 +224,31 @@ def test_a_tracker_gets_the_curve(fork_folder, tmp_path):
     assert {"success", "q", "validation_success"} <= set(found.Tags()["scalars"])
 
 
-def test_a_tracker_that_fails_is_done_without(fork_folder, tmp_path, monkeypatch, caplog):
+@pytest.mark.parametrize(
+    ("method", "error", "said"),
+    [
+        (
+            "log",
+            OSError("No space left on device"),
+            "the tracker failed, and is done without: No space left on device",
+        ),
+        (
+            "init_trackers",
+            RuntimeError("api_key not configured\nlog in"),
+            "the tracker 'tensorboard' does not start, and is done without: api_key not configured",
+        ),
+    ],
+)
+def test_a_tracker_that_fails_is_done_without(method, error, said, fork_folder, tmp_path, monkeypatch, caplog):
     from accelerate import Accelerator
 
-    def full(*_, **__):
-        raise OSError("No space left on device")
+    def failing(*_, **__):
+        raise error
 
-    monkeypatch.setattr(Accelerator, "log", full)
+    monkeypatch.setattr(Accelerator, method, failing)
     recipe = load_recipe("drawer-open", short(fork_folder, env_steps=600, tracker="tensorboard"))
     assert not train(recipe, tmp_path / "run", evaluate_after=False).interrupted
-    assert caplog.text.count("the tracker failed, and is done without: No space left on device") == 1
-
-
-def test_a_tracker_that_does_not_start_is_done_without(fork_folder, tmp_path, monkeypatch, caplog):
-    from accelerate import Accelerator
-
-    def nobody(*_, **__):
-        raise RuntimeError("api_key not configured\nlog in")
-
-    monkeypatch.setattr(Accelerator, "init_trackers", nobody)
-    recipe = load_recipe("drawer-open", short(fork_folder, env_steps=600, tracker="tensorboard"))
-    assert not train(recipe, tmp_path / "run", evaluate_after=False).interrupted
-    assert "the tracker 'tensorboard' does not start, and is done without: api_key not configured" in caplog.text
+    assert caplog.text.count(said) == 1
 
 
 def test_a_tracker_that_is_not_installed_names_the_command(fork_folder, tmp_path, monkeypatch):

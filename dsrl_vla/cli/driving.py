@@ -32,25 +32,20 @@ def run_drive(argv: list[str]) -> int:
     """Run a base or a head on a robot."""
     args = tyro.cli(DriveArgs, prog="dsrl-vla drive", args=argv)
     from .. import seeds
-    from ..bases import load_base
     from ..episodes import run_episodes
     from ..errors import bad
-    from ..head import SteeringHead
     from ..rollout import TaskConfig, VectorTask
     from ..sources import NoiseSource, PriorNoise, SteeredNoise
     from ..steered_policy import SteeredPolicy
-    from .serving import ServeArgs, load
+    from .serving import ServeArgs, load, load_bare
 
     numbers = seeds.block(args.seed, args.episodes)
     if bool(args.run) == bool(args.base):
         raise bad("drive", "either --run or --base", "both" if args.base else "neither")
-    if args.base:
-        options = {name: value for name, value in (("dtype", args.dtype), ("device", args.device)) if value}
-        base, head = load_base(args.base, **options), SteeringHead.from_pretrained(args.head) if args.head else None
-    else:
-        base, head = load(ServeArgs(args.run, args.head, dtype=args.dtype, device=args.device))
-        if head is None:
-            raise bad("drive --run", "a run's directory, a head's folder or a shipped head", f"'{args.run}'")
+    asked = ServeArgs(args.run or args.base, args.head, dtype=args.dtype, device=args.device)
+    base, head = load_bare(asked) if args.base else load(asked)
+    if args.run and head is None:
+        raise bad("drive --run", "a run's directory, a head's folder or a shipped head", f"'{args.run}'")
     policy = SteeredPolicy(base, head) if head else None
     source: NoiseSource = SteeredNoise(policy) if policy else PriorNoise(base.spec.noise)
     config = TaskConfig(f"robot:{args.robot}", args.max_episode_steps, num_envs=1)

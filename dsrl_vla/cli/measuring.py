@@ -236,21 +236,17 @@ def run_record(argv: list[str]) -> int:
         source = LayoutNoise(recipe.noise.over(base.spec.noise))
     elif args.noise == "held":
         source = HeldNoise(recipe.noise.over(base.spec.noise))
-    numbers, won = seeds.block(seeds.RECORDING + args.skip, args.episodes), []
+    numbers = seeds.block(seeds.RECORDING + args.skip, args.episodes)
     with tqdm(total=args.episodes * len(recipe.task.uris), unit="episode", desc="recording", disable=None) as bar:
-
-        def tick(episode: Any) -> None:
-            won.append(bool(episode["success"].max()))
-            bar.update()
-
         kept: list[Any] = []
         try:
-            kept.extend(record(base, recipe.task, source, numbers, tick))
+            kept.extend(record(base, recipe.task, source, numbers, lambda _: bar.update()))
         except KeyboardInterrupt:  # what has been played is worth keeping
             if not kept:
                 raise
     write_npz(args.out, kept)
-    print(f"{len(kept)} episodes, {sum(won[: len(kept)])} successful; written: {args.out}")
+    won = sum(bool(episode["success"].max()) for episode in kept)
+    print(f"{len(kept)} episodes, {won} successful; written: {args.out}")
     if len(kept) == args.episodes * len(recipe.task.uris):
         return 0
     if len(recipe.task.uris) == 1:

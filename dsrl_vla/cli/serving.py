@@ -92,6 +92,19 @@ def run_serve(argv: list[str]) -> int:
     return 0
 
 
+def _options(args: ServeArgs) -> dict[str, str]:
+    """What was said of the base."""
+    return {name: value for name, value in (("dtype", args.dtype), ("device", args.device)) if value}
+
+
+def load_bare(args: ServeArgs) -> tuple[Any, Any]:
+    """The base at a URI, and the head that was named with it."""
+    from ..bases import load_base
+    from ..head import SteeringHead
+
+    return load_base(args.target, **_options(args)), SteeringHead.from_pretrained(args.head) if args.head else None
+
+
 def load(args: ServeArgs) -> tuple[Any, Any]:
     """The base and the head, if there is one."""
     from ..bases import check_named, load_base
@@ -101,7 +114,7 @@ def load(args: ServeArgs) -> tuple[Any, Any]:
     from ..recipe import base_beside
 
     folder = fetch(args.target) if args.target.startswith(SHELF) else Path(args.target)
-    options = {name: value for name, value in (("dtype", args.dtype), ("device", args.device)) if value}
+    options = _options(args)
     if (folder / CONFIG).exists():
         head = SteeringHead.from_pretrained(args.head or folder)
         uri = head.config.base_uri
@@ -112,7 +125,7 @@ def load(args: ServeArgs) -> tuple[Any, Any]:
     if not (folder / "recipe.yaml").exists():
         if ":" not in args.target:
             raise bad("serve", "a base's URI such as 'nano:', or a run's directory", f"'{args.target}'")
-        return load_base(args.target, **options), SteeringHead.from_pretrained(args.head) if args.head else None
+        return load_bare(args)
     from ..training import load_run
 
     recipe, head = load_run(args.target)

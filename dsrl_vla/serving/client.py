@@ -175,7 +175,7 @@ class Client:
                 await connection.send(data)
                 return await connection.recv()
             except (OSError, WebSocketException) as error:
-                await self._drop()
+                self._abandon()
                 if getattr(connection, "close_code", None) == 1009:
                     raise bad("request", "a message that the server takes", "one it calls too big") from error
                 self._trouble = f"the connection broke: {first_line(error)}"
@@ -233,9 +233,6 @@ class Client:
         if status == 401:
             return bad(self.config.uri, "an API key that the server takes", "401", f"Set {p.API_KEY_VARIABLE}.")
         return bad(self.config.uri, "a policy server", f"HTTP status {status}")
-
-    async def _drop(self) -> None:
-        self._abandon()
 
     def _abandon(self) -> None:
         """Forget the connection: what may still come over it would answer an earlier request."""

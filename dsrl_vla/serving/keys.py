@@ -71,9 +71,7 @@ class KeyMap:
             DsrlError: names the key that is missing or malformed.
         """
         if STATE in message:
-            names = [STATE, *(IMAGE_PREFIX + camera for camera in spec.cameras)]
-            seen = {name: array(message[name], name) for name in names if name in message}
-            return seen | self._prompt(message, spec, default_prompt)
+            return ours(message, spec) | self._prompt(message, spec, default_prompt)
         found: Observations = {STATE: np.concatenate([_numbers(_get(message, place), place) for place in self.state])}
         for camera, place in self.places(spec).items():
             found[IMAGE_PREFIX + camera] = _image(_get(message, place), place)
@@ -144,16 +142,19 @@ def array(value: Any, place: str) -> np.ndarray:
     inner = [value]
     while any(isinstance(part, list) for part in inner):
         inner = [each for part in inner for each in (part if isinstance(part, list) else [part])]
-    if isinstance(value, list) and not all(
-        isinstance(part, (bool, int, float, np.generic, np.ndarray)) for part in inner
-    ):
-        raise WireError(str(bad(place, "numbers", "a list of something else")))
-    if not isinstance(value, (list, bool, int, float, np.ndarray, np.generic)):
-        raise WireError(str(bad(place, "numbers", type(value).__name__)))
+    others = [part for part in inner if not isinstance(part, (bool, int, float, np.generic, np.ndarray))]
+    if others:
+        raise WireError(str(bad(place, "numbers", type(others[0]).__name__)))
     try:
         return np.asarray(value)
     except ValueError as error:
         raise WireError(str(bad(place, "an array", "a ragged list"))) from error
+
+
+def ours(message: Mapping[str, Any], spec: ObservationSpec) -> Observations:
+    """State and images under our own keys, as far as they are there."""
+    names = [STATE, *(IMAGE_PREFIX + camera for camera in spec.cameras)]
+    return {name: array(message[name], name) for name in names if name in message}
 
 
 def _numbers(value: Any, place: str) -> np.ndarray:

@@ -15,14 +15,15 @@ import numpy as np
 import torch
 
 from ..errors import DsrlError, bad, unknown
-from ..observation import IMAGE_PREFIX, PROMPT, STATE, Observations, ObservationSpec, unsqueeze
+from ..observation import PROMPT, STATE, Observations, ObservationSpec, unsqueeze
 from ..policy import PolicySpec
 from . import protocol as p
-from .keys import KeyMap, array
+from .keys import KeyMap, array, ours
 from .wire import WireError
 
 OPERATIONS = ("infer", "feature", "encode", "denoise", "sha256", "status")
 _RETURNS = ("feature", "noise")
+_METHODS = ("infer", "get_prefix_rep")
 
 
 @dataclass(frozen=True)
@@ -123,8 +124,7 @@ class Reader:
     def _batch(self, message: dict[str, Any]) -> Encode:
         """A batch of ours; what else is in the message is left alone."""
         seen = self.spec.observation
-        names = [STATE, *(IMAGE_PREFIX + camera for camera in seen.cameras)]
-        observations = {name: array(message[name], name) for name in names if name in message}
+        observations = ours(message, seen)
         rows = len(observations[STATE]) if STATE in observations and observations[STATE].ndim else 0
         if rows > p.MAX_SAMPLES:
             raise bad("observation", f"at most {p.MAX_SAMPLES} rows in one request", rows)
@@ -152,12 +152,12 @@ def _open_envelope(message: Mapping[str, Any]) -> dict[str, Any]:
     method, inner = message["method"], message["obs"]
     if not isinstance(inner, dict):
         raise WireError(str(bad("obs", "a dictionary", type(inner).__name__)))
+    if not isinstance(method, str) or method not in _METHODS:
+        raise unknown("method", f"{method}"[:40], _METHODS)
     flat = dict(inner)
     noise = flat.pop("noise", None)
-    if isinstance(method, str) and method == "get_prefix_rep":
+    if method == "get_prefix_rep":
         return flat | {p.OP: "feature"}
-    if not isinstance(method, str) or method != "infer":
-        raise unknown("method", f"{method}"[:40], ("infer", "get_prefix_rep"))
     return flat if noise is None else flat | {p.NOISE: noise}
 
 

@@ -193,13 +193,15 @@ class Service:
         if self.policy is None or session.guard is None or not (request.steer and self.policy.enabled):
             return _Noise(self._prior(request), "prior")
         deterministic = self.deterministic and request.deterministic and request.samples == 1
-        own, values, asked = self._prior(request), [], []
-        for k in range(request.samples):
-            noise, (why,) = session.guard.noise(request.observations, encoding, [request.seed + k], deterministic)
-            values.append(own[:, k : k + 1] if why else noise)
-            asked.append(why)
-        source, reason = "prior" if all(asked) else "head", next(filter(None, asked), "")
-        return _Noise(torch.cat(values, 1), source, reason, asked)
+        drawn = [
+            session.guard.noise(request.observations, encoding, [request.seed + k], deterministic)
+            for k in range(request.samples)
+        ]
+        values, asked = torch.cat([noise for noise, _ in drawn], 1), [why for _, (why,) in drawn]
+        if any(asked):
+            fallen = torch.tensor([bool(why) for why in asked]).view(1, -1, 1, 1)
+            values = torch.where(fallen, self._prior(request), values)
+        return _Noise(values, "prior" if all(asked) else "head", next(filter(None, asked), ""), asked)
 
     def _reply(
         self, request: Infer, noise: _Noise, actions: torch.Tensor, encoding: Encoding, row: int

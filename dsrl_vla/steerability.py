@@ -62,6 +62,11 @@ class PreflightConfig:
         config = self.within(base.spec.noise)
         return self.episodes * (len(conditions(base, config)) + (self.best_of - 1) * (1 + len(config.layouts)))
 
+    @property
+    def middle(self) -> float:
+        """The bound at which layouts are measured."""
+        return sorted(self.bounds)[len(self.bounds) // 2]
+
     def layout(self, space: NoiseSpace, name: str, bound: float = 1.0) -> NoiseLayout:
         """A layout as it is measured."""
         return NoiseLayout(space, name, bound, self.columns)
@@ -73,9 +78,8 @@ def conditions(base: FrozenPolicy, config: PreflightConfig) -> dict[str, NoiseSo
     found: dict[str, NoiseSource] = {"base": PriorNoise(space), "zero": ZeroNoise(space)}
     if space.prior == "normal":
         found |= {f"clipped {b:g}": PriorNoise(space, clip=b) for b in config.bounds}
-    middle = sorted(config.bounds)[len(config.bounds) // 2]
     for name in config.layouts:
-        found[f"layout {name}"] = LayoutNoise(config.layout(space, name, middle))
+        found[f"layout {name}"] = LayoutNoise(config.layout(space, name, config.middle))
     return found
 
 
@@ -179,7 +183,7 @@ def recommend(
     bounds = {b: found[f"clipped {b:g}"].mean for b in config.bounds if f"clipped {b:g}" in found}
     harmless = [b for b, success in bounds.items() if success >= max(bounds.values()) - error]
     vectors, columns = shapes[layout]
-    bound = min(harmless, key=lambda b: abs(b - typical_bound(vectors * columns)), default=1.0)
+    bound = min(harmless, key=lambda b: abs(b - typical_bound(vectors * columns)), default=config.middle)
     words = []
     zero, best = found["zero"].mean, headroom["base"]["success"]
     saturated, hopeless = own >= 0.95, max(best, zero, most) <= own + 0.02

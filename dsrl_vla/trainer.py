@@ -244,7 +244,7 @@ class Trainer:
             row["success"] = self.collector.success
         row |= {name: round(float(value), 5) for name, value in self.updates.info.items()} | more
         if self.learner.updates:
-            row |= value_gap(self.learner.critic, self.replay, self.collector.finished)
+            row |= value_gap(self.learner.critic, self.replay, self.collector.finished, self.learner.bounds)
         warnings = self.watch.see(row)
         for warning in warnings:
             log.warning("%s", warning)

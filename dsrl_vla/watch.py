@@ -65,8 +65,14 @@ class Finished:
 
 
 @torch.no_grad()
-def value_gap(critic: CriticEnsemble, replay: Replay, episodes: Collection[Finished]) -> dict[str, float]:
+def value_gap(
+    critic: CriticEnsemble, replay: Replay, episodes: Collection[Finished], bounds: tuple[float, float]
+) -> dict[str, float]:
     """What the critic promised in the last episodes against what they brought, over all their decisions.
+
+    Args:
+        bounds: of values, as the critic's targets are kept to; a robot's operator, who gives an episode up, has it
+            pay for all the steps that it would have had, which is beyond them.
 
     Returns:
         ``{"return": mean of G, "value_gap": mean of Q(s, u) - G}``; nothing when the replay has forgotten them.
@@ -81,7 +87,7 @@ def value_gap(critic: CriticEnsemble, replay: Replay, episodes: Collection[Finis
     latents = torch.cat([e.latents for e in episodes])[torch.from_numpy(held)]
     device = next(critic.parameters()).device
     values = critic.value({k: v[rows].to(device) for k, v in replay.inputs.items()}, latents.to(device))
-    brought = float(np.concatenate([e.returns for e in episodes])[held].mean())
+    brought = float(np.concatenate([e.returns for e in episodes])[held].clip(*bounds).mean())
     return {"return": round(brought, 5), "value_gap": round(float(values.mean()) - brought, 5)}
 
 

@@ -199,3 +199,6 @@ def test_the_bound_keeps_a_layouts_corners_where_the_bases_noise_lies(fork_base)
     )
     harmful = found | {"clipped 1": measure_of([1] * 10 + [0] * 90)}
     assert recommend(fork_base, harmful, reach(0.1), config)["bound"] == 1.5
+    unclipped = {name: measured for name, measured in found.items() if "clipped" not in name}  # of a uniform prior
+    config = replace(config, bounds=(0.3, 0.5, 0.7))
+    assert recommend(fork_base, unclipped, reach(0.9), config)["bound"] == 0.5  # which the layouts were measured at

@@ -1,3 +1,5 @@
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -108,9 +110,12 @@ def test_the_gap_is_promise_less_return_and_forgets_with_the_replay():
     numbers = replay.observe({"state": torch.randn(4, 3)})
     latents = torch.rand(4, 1, 2)
     episode = Finished(numbers, latents, np.array([0.1, 0.2, 0.3, 0.4]))
-    found = value_gap(critic, replay, [episode])
+    free = -math.inf, math.inf
+    found = value_gap(critic, replay, [episode], free)
     promised = critic.value({"state": replay.inputs["state"][:4]}, latents).mean().item()
     assert found["return"] == 0.25 and found["value_gap"] == pytest.approx(promised - 0.25, abs=1e-4)
+    given_up = Finished(numbers, latents, np.array([0.1, 0.2, 0.3, -70.0]))  # which no target is as low as
+    assert value_gap(critic, replay, [given_up], (0.0, 100.0))["return"] == pytest.approx(0.15)
     for _ in range(60):
         replay.observe({"state": torch.randn(4, 3)})
-    assert value_gap(critic, replay, [episode]) == {} and value_gap(critic, replay, []) == {}
+    assert value_gap(critic, replay, [episode], free) == {} and value_gap(critic, replay, [], free) == {}

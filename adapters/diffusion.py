@@ -27,6 +27,11 @@ from torch import nn
 from .refusals import refuse_unsteerable
 
 _SCHEDULER = "scheduler"
+_DDIM_OPTIONS = (
+    *("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "clip_sample"),
+    *("clip_sample_range", "set_alpha_to_one", "steps_offset", "prediction_type", "thresholding"),
+    *("dynamic_thresholding_ratio", "sample_max_value", "timestep_spacing", "rescale_betas_zero_snr"),
+)
 _FREQUENCIES = 16
 
 
@@ -134,7 +139,9 @@ class DiffusionMLP(FrozenPolicy):
         return self.model.state_dict()
 
     def processors(self) -> Mapping[str, Any]:
-        return {"scheduler": {k: v for k, v in self.scheduler.config.items() if not k.startswith("_diffusers")}}
+        """What the scheduler samples by; not where that came from, nor what a later diffusers may add."""
+        found = {option: self.scheduler.config[option] for option in _DDIM_OPTIONS if option in self.scheduler.config}
+        return {"scheduler": found | {"_class_name": "DDIMScheduler"}}
 
     def save_pretrained(self, folder: Path | str) -> None:
         """Write config, weights and scheduler."""

@@ -67,7 +67,7 @@ class DPPOConfig:
         if suite not in _SUITES:
             fix = "The activation is not in the file, and the wrong one makes nonsense of the weights."
             raise bad("base 'dppo:'", "'?suite=robomimic' or '?suite=gym' behind the path", f"suite '{suite}'", fix)
-        raw = {key: int(value) if value.isdigit() else value for key, value in raw.items()}
+        raw |= {key: int(raw[key]) for key in ("ddim_steps", "denoising_steps") if raw.get(key, "").isdecimal()}
         return from_plain(cls, _SUITES[suite] | raw, "dppo option")
 
 

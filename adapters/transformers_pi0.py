@@ -49,9 +49,6 @@ class TransformersPi0(FrozenPolicy):
         self.model = model
         self.processing = processing
         config, stats = model.config, processing.statistics
-        executed = stats.executed_steps or config.chunk_size
-        if not 1 <= executed <= config.chunk_size:
-            raise bad("executed_steps", f"1 to the chunk's {config.chunk_size} steps", executed)
         actions = len(stats.actions_mean)
         self.spec = PolicySpec(
             uri=uri,
@@ -63,7 +60,7 @@ class TransformersPi0(FrozenPolicy):
             ),
             observation=ObservationSpec(len(stats.state_mean), dict.fromkeys(stats.cameras), prompt=True),
             action_dim=actions,
-            executed_steps=executed,
+            executed_steps=config.chunk_size if stats.executed_steps is None else stats.executed_steps,
             sampler_steps=config.num_inference_steps,
             feature_dim=config.vlm_config.text_config.hidden_size,
             dtype=str(model.dtype).removeprefix("torch."),

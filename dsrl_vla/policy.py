@@ -42,6 +42,13 @@ class PolicySpec:
     repo_id: str = ""
     revision: str = ""
 
+    def __post_init__(self) -> None:
+        if not 1 <= self.executed_steps <= self.noise.horizon:
+            most = f"1 to the chunk's {self.noise.horizon} steps"
+            raise bad(f"{self.uri}: executed_steps", most, self.executed_steps)
+        if self.sampler_steps < 1:
+            raise bad(f"{self.uri}: the sampler's steps", "1 or more", self.sampler_steps)
+
     @property
     def pinned_uri(self) -> str:
         """`uri`, or where that is a repository of the Hub's the very commit that was loaded."""

@@ -18,8 +18,19 @@ def test_a_saved_base_is_the_same_base(tiny_diffusion, tmp_path, observation):
     again = load_base(f"diffusion:{tmp_path / 'base'}")
     seen = observation(tiny_diffusion)
     assert torch.equal(again.act(seen, seed=1), tiny_diffusion.act(seen, seed=1))
-    assert again.sha256() == tiny_diffusion.sha256() and again.spec.sampler_steps == 5
+    assert again.fingerprint() == tiny_diffusion.fingerprint() and again.spec.sampler_steps == 5
     assert again.processors()["scheduler"]["beta_schedule"] == "squaredcos_cap_v2"
+    path = tmp_path / "base" / "scheduler" / "scheduler_config.json"
+    told = json.loads(path.read_text())
+    path.write_text(
+        json.dumps({k: v for k, v in told.items() if k not in ("beta_end", "steps_offset", "clip_sample")})
+    )
+    least = load_base(f"diffusion:{tmp_path / 'base'}")  # diffusers notes which defaults it took, in any order
+    assert least.fingerprint() == tiny_diffusion.fingerprint()
+
+
+def test_a_shipped_base_is_the_one_its_heads_were_trained_on():
+    assert load_base("diffusion:hopper").fingerprint().processors == {"scheduler": "fca05726e6d816e9"}
 
 
 @pytest.mark.parametrize(

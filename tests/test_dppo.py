@@ -63,6 +63,7 @@ def test_what_does_not_fit_is_refused_with_a_sentence(tmp_path):
 
     refused("expected '.suite=robomimic' or '.suite=gym' behind the path", "")
     refused("dppo ddim_steps: expected 1 to denoising_steps", "suite=gym&ddim_steps=21")
+    refused("dppo option.ddim_steps: expected int, got", "suite=gym&ddim_steps=²")
     refused("dppo activation: expected Mish", "suite=gym&activation=Sine")
     for broken, match in [
         ({k: v for k, v in tensors().items() if "l2" not in k}, "expected the weights of a DiffusionMLP"),

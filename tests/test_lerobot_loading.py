@@ -169,6 +169,11 @@ def test_config_can_be_changed_and_a_typo_is_refused(smolvla, observation):
     assert base.spec.sampler_steps == 2 and base.act(observation(base), seed=0).shape[0] == 5
     with pytest.raises(DsrlError, match="base.config: expected a field of SmolVLAConfig, got 'num_stps'"):
         load_base(f"lerobot:{smolvla}", config={"num_stps": 2})
+    horizon = load_base(f"lerobot:{smolvla}").spec.noise.horizon
+    with pytest.raises(DsrlError, match=f"executed_steps: expected 1 to the chunk's 2 steps, got {horizon // 2}"):
+        load_base(f"lerobot:{smolvla}", config={"chunk_size": 2})  # LeRobot itself asks only when it reads the file
+    with pytest.raises(DsrlError, match="the sampler's steps: expected 1 or more, got 0"):
+        load_base(f"lerobot:{smolvla}", config={"num_steps": 0})
 
 
 def test_a_policy_that_reads_an_environment_state_is_refused(tmp_path):
@@ -200,6 +205,10 @@ def test_cameras_can_go_by_the_tasks_names(smolvla, observation):
     assert torch.equal(plain.act(seen, seed=0), renamed.act(theirs, seed=0))
     with pytest.raises(DsrlError, match="base.cameras: expected cameras of the policy"):
         load_base(f"lerobot:{smolvla}", cameras={"a": "b"})
+    with pytest.raises(DsrlError, match="a camera of its own for each of the policy's, got front, front"):
+        load_base(f"lerobot:{smolvla}", cameras={"a": "front", "b": "front"})
+    with pytest.raises(DsrlError, match="got 'wrist' twice. Name another for 'wrist', or for 'front'"):
+        load_base(f"lerobot:{smolvla}", cameras={"wrist": "front"})  # half a swap
 
 
 def test_cameras_that_changed_their_names_with_each_other_are_another_base(smolvla):

@@ -152,12 +152,17 @@ def _camera_keys(
     known: dict[str, str] = {}
     shapes: dict[str, tuple[int, int, int] | None] = {}
     back = {theirs: ours for ours, theirs in renamed.items()}
+    if len(back) < len(renamed):
+        raise bad("base.cameras", "a camera of its own for each of the policy's", ", ".join(renamed.values()))
     _check_absent(split, absent)
     for key, feature in split.config.image_features.items():
         theirs = camera_of(key)
         if theirs.startswith("empty_camera_") or theirs in absent:
             continue
         camera = back.pop(theirs, theirs)
+        if camera in known:
+            fix = f"Name another for '{theirs}', or for '{camera_of(known[camera])}'."
+            raise bad("base.cameras", "a name of its own for each of the policy's cameras", f"'{camera}' twice", fix)
         channels, height, width = feature.shape
         known[camera], shapes[camera] = key, None if split.resizes else (height, width, channels)
     if back:

@@ -37,7 +37,7 @@ class KeyMap:
         return ObservationSpec(sum(self.state.values()), dict.fromkeys(self.cameras), prompt=True)
 
     def translate(self, observations: Observations, batch: int) -> list[dict[str, Any]]:
-        """A checked batch as `batch` dictionaries with openpi's keys, none of them shared with the input."""
+        """A checked batch as `batch` dictionaries with openpi's keys, of its own but for the pictures."""
         rows = []
         for index in range(batch):
             row: dict[str, Any] = {"prompt": observations[PROMPT][index]}

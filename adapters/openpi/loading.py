@@ -81,7 +81,7 @@ def parse(source: str) -> tuple[str, str, dict[str, Any]]:
     for key, value in parse_qsl(query, keep_blank_values=True):
         if key not in _OPTIONS:
             raise unknown("openpi option", key, _OPTIONS)
-        if _OPTIONS[key] is int and not value.isdigit():
+        if _OPTIONS[key] is int and not value.isdecimal():
             raise bad(f"openpi option {key}", "a whole number", f"'{value}'")
         options[key] = _OPTIONS[key](value)
     return name, checkpoint or PUBLISHED + name, options

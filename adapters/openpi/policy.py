@@ -63,8 +63,6 @@ class OpenPi(FrozenPolicy):
         horizon, dim = self.sampler.horizon, self.sampler.dim
         actions = self._width_of_actions(uri)
         executed = min(self.keys.executed_steps, horizon) if executed_steps is None else executed_steps
-        if not 1 <= executed <= horizon:
-            raise bad("executed_steps", f"1 to the chunk's {horizon} steps", executed)
         self.spec = PolicySpec(
             uri=uri,
             adapter="openpi",

@@ -115,7 +115,8 @@ class DsrlPolicy(PreTrainedPolicy):
         The head goes with it, and stays in float32.
         """
         device = torch._C._nn._parse_to(*args, **kwargs)[0]
-        if device is not None and device.type != torch.device(self.config.device or "cpu").type:
+        now = torch.device(self.config.device or "cpu")
+        if device is not None and (device.type, device.index or 0) != (now.type, now.index or 0):
             self.config.device = str(device)
             self._steer(self._load())
         return self

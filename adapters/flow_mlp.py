@@ -18,6 +18,7 @@ from dsrl_vla.noise import NoiseSpace
 from dsrl_vla.observation import STATE, Observations, ObservationSpec
 from dsrl_vla.plain import from_plain, read_object
 from dsrl_vla.policy import Encoding, FrozenPolicy, PolicySpec
+from dsrl_vla.run_dir import write_tensors
 from torch import nn
 
 from .refusals import refuse_unsteerable
@@ -108,12 +109,10 @@ class FlowMLP(FrozenPolicy):
 
     def save_pretrained(self, folder: Path | str) -> None:
         """Write ``config.json`` and ``model.safetensors``."""
-        from safetensors.torch import save_file
-
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "config.json").write_text(json.dumps(asdict(self.model.config), indent=2) + "\n")
-        save_file(dict(self.model.state_dict()), folder / "model.safetensors")
+        write_tensors(folder / "model.safetensors", self.model.state_dict())
 
 
 def load(source: str, *, dtype: str = "float32", device: str = "cpu", uri: str = "") -> FlowMLP:

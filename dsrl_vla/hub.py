@@ -64,16 +64,18 @@ def fetch(
     Sizes are looked at before anything is downloaded. Without a network, or offline, the cache answers.
 
     Raises:
-        DsrlError: no such folder, head or repository; a file that is too large.
+        DsrlError: no such folder, head or repository; a file that is too large; a revision of what has none.
     """
     name = str(source)
     if name.startswith(SHELF):
         known = shipped_heads()
         if name.removeprefix(SHELF) not in known:
             raise unknown("shipped head", name.removeprefix(SHELF), known)
+        _check_revision(name, revision)
         return known[name.removeprefix(SHELF)]
     folder = Path(name).expanduser()
     if folder.is_dir():
+        _check_revision(name, revision)
         return folder
     if name.startswith((".", "/", "~")) or name.count("/") != 1:
         raise bad(f"head '{name}'", "a folder, a Hub repository 'owner/name', or 'shipped:<recipe>'", "neither")
@@ -101,6 +103,12 @@ def fetch(
         words = asked if offline else " ".join(str(error).split())
         raise bad(f"head '{name}'", "a folder or a Hub repository", f"no such folder here, and {words}") from error
     return Path(path)
+
+
+def _check_revision(name: str, revision: str | None) -> None:
+    """Refuse one of what has none: whoever pins it would think that it had been looked at."""
+    if revision:
+        raise bad("revision", f"none, for '{name}' is no repository of the Hub's", f"'{revision}'")
 
 
 def _in_part(error: BaseException | None) -> bool:

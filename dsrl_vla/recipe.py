@@ -174,6 +174,14 @@ class Recipe:
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
 
+    @property
+    def warm_up(self) -> tuple[int, str]:
+        """After how many decisions there is an update, at the latest, and which fields say so."""
+        starts, returns = self.train.learning_starts, self.sac.n_step * self.task.num_envs * self.rollout.workers
+        if self.offline.source or starts >= returns:
+            return starts, "train.learning_starts"
+        return returns, "the first returns over sac.n_step in task.num_envs environments"
+
     def __post_init__(self) -> None:
         check_choices(self)
         if "best-of-k" in self.eval.baselines and self.algorithm == "sac":

@@ -138,10 +138,19 @@ def part(tensors: Mapping[str, Any], prefix: str) -> dict[str, Any]:
 
 def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
     """Replace a safetensors file, all or nothing."""
+    with replacing(path) as temporary:
+        _save(tensors, temporary)
+
+
+def _save(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
+    """Write a safetensors file that whoever may read the others of its folder may read: the library makes its own
+    for their owner alone."""
     import safetensors.torch
 
-    with replacing(path) as temporary:
-        safetensors.torch.save_file(_apart(tensors), temporary)
+    path.touch()
+    mode = path.stat().st_mode
+    safetensors.torch.save_file(_apart(tensors), path)
+    path.chmod(mode)
 
 
 def copy_files(source: Path, folder: Path) -> None:
@@ -214,14 +223,12 @@ def save_checkpoint(folder: Path, step: int, tensors: dict[str, torch.Tensor], s
     Raises:
         DsrlError: the disk is full or cannot be written to. What was there before is intact.
     """
-    import safetensors.torch
-
     temporary = folder / f".writing_{step:09d}"
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         with disk_errors(folder):
             temporary.mkdir(parents=True)
-            safetensors.torch.save_file(_apart(tensors), temporary / TENSORS)
+            _save(tensors, temporary / TENSORS)
             (temporary / STATE).write_text(json.dumps(state, indent=2) + "\n")
             write_manifest(temporary, (TENSORS, STATE))
             for name in (TENSORS, STATE, MANIFEST, "."):

@@ -8,8 +8,9 @@ noise breaks some policies) leaves a head nothing to learn from.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -25,6 +26,8 @@ from .probing import probe
 from .rollout import VectorTask
 from .sources import LayoutNoise, NoiseSource, PriorNoise, ZeroNoise
 from .training import example
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -94,7 +97,9 @@ def preflight(
     Raises:
         NotSteerableError: the base fails the probe.
     """
-    config = (config or PreflightConfig()).within(base.spec.noise)
+    asked = config or PreflightConfig()
+    config = asked.within(base.spec.noise)
+    _say_what_is_left_out(asked, config, base)
     for info in task.infos:
         base.check_task(info)
         if info.measure != "success":
@@ -136,6 +141,20 @@ def preflight(
         "recommendation": advice,
         **({"scenes": task.info.scenes} if task.info.scenes else {}),
     }
+
+
+def _say_what_is_left_out(asked: PreflightConfig, config: PreflightConfig, base: FrozenPolicy) -> None:
+    """In words, unless they are the defaults, which are for any base."""
+    default, space = {f.name: f.default for f in fields(asked)}, base.spec.noise
+    why = {
+        "bounds": f"'{base.spec.uri}' takes noise up to {space.limit:g}",
+        "layouts": f"a chunk of '{base.spec.uri}' has {space.horizon} steps",
+    }
+    for name, words in why.items():
+        wanted, measured = getattr(asked, name), getattr(config, name)
+        if wanted != default[name] and (out := [f"{each}" for each in wanted if each not in measured]):
+            instead = ", ".join(str(each) for each in measured)
+            log.warning("%s: %s %s left out; measured: %s", words, name, ", ".join(out), instead)
 
 
 def _headroom(tries: Sequence[Measure]) -> dict[str, Any]:

@@ -143,10 +143,10 @@ def _check_task(recipe: Recipe, base: FrozenPolicy, info: TaskInfo) -> None:
 
 def _check_warm_up(recipe: Recipe, base: FrozenPolicy) -> None:
     """Say beforehand that a run may end without having learnt."""
-    config, steps = recipe.train, base.spec.executed_steps
-    if not recipe.offline.updates and config.env_steps <= config.learning_starts * steps:
-        words = "train.env_steps %d may not do for the %d decisions of train.learning_starts, of up to %d steps each"
-        log.warning(words, config.env_steps, config.learning_starts, steps)
+    total, steps, (needed, by) = recipe.train.env_steps, base.spec.executed_steps, recipe.warm_up
+    if not recipe.offline.updates and total <= needed * steps:
+        words = "train.env_steps %d may not do for the %d decisions of %s, of up to %d steps each"
+        log.warning(words, total, needed, by, steps)
 
 
 def _follow(team: LaunchedTeam, recipe: Recipe) -> SteeringHead:

@@ -120,6 +120,15 @@ def test_preflight_leaves_out_what_a_noise_space_has_no_room_for(fork_base):
         conditions(fork_base, PreflightConfig(layouts=("knots:x",)).within(fork_base.spec.noise))
 
 
+def test_preflight_says_what_was_asked_for_and_is_not_measured(fork_base, caplog):
+    config = PreflightConfig(episodes=1, best_of=2, layouts=("repeat", "knots:99"), bounds=(1.5, 99))
+    with VectorTask(FORK, 4) as task:
+        found = preflight(fork_base, task, config)
+        assert "clipped 1.5" in found["conditions"]
+        assert "takes noise up to 10: bounds 99 left out; measured: 1.5" in caplog.text
+        assert "has 4 steps: layouts knots:99 left out; measured: repeat" in caplog.text
+
+
 def test_preflight_measures_the_columns_that_will_be_steered(fork_base):
     space = NoiseSpace(8, 4, live=(True, True, False, False))
     for columns, width in (("live", 2), ("all", 4)):

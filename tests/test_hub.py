@@ -368,6 +368,19 @@ def test_shipped_heads_are_sound_and_small():
         fetch("shipped:drawer-opn")
 
 
+def test_what_is_no_repository_has_no_revision(folder):
+    for name in ("shipped:drawer-open", str(folder)):
+        with pytest.raises(
+            DsrlError, match=r"revision: expected none, for '.*' is no repository of the Hub's, got 'v1'"
+        ):
+            SteeringHead.from_pretrained(name, revision="v1")
+
+
+def test_a_heads_files_can_be_read_by_whoever_may_read_its_folder(head, tmp_path):
+    head.save_pretrained(tmp_path / "head")
+    assert len({path.stat().st_mode for path in (tmp_path / "head").iterdir()}) == 1
+
+
 def test_what_is_neither_folder_nor_repository_is_refused():
     for name in ("nothing-here", "./nothing", "a/b/c"):
         with pytest.raises(DsrlError, match="expected a folder, a Hub repository 'owner/name', or 'shipped:<recipe>'"):

@@ -181,6 +181,16 @@ def test_a_run_that_ends_before_it_has_learnt_is_an_error(fork_folder, tmp_path)
         train(recipe, tmp_path / "run")
 
 
+def test_what_returns_over_many_decisions_take_is_told_as_what_kept_it_from_learning(fork_folder, tmp_path, caplog):
+    recipe = load_recipe("drawer-open", short(fork_folder, env_steps=40, learning_starts=8, gradient_steps=3))
+    wanted = r"more than the 40 decisions of the first returns over sac.n_step in task.num_envs environments"
+    with pytest.raises(DsrlError, match=wanted + ", got 12 decisions: nothing has been learnt. About 160 steps"):
+        train(recipe, tmp_path / "run")
+    assert "train.env_steps 40 may not do for the 40 decisions of the first returns" in caplog.text
+    enough = load_recipe("drawer-open", short(fork_folder, env_steps=161, learning_starts=8, gradient_steps=3))
+    assert train(enough, tmp_path / "enough", evaluate_after=False).head
+
+
 def test_a_broken_newest_checkpoint_falls_back_to_the_one_before(finished, fork_folder, tmp_path):
     import shutil
 

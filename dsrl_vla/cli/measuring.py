@@ -187,8 +187,8 @@ def run_search(argv: list[str]) -> int:
     write_json(out / "eval.json", result | facts)
     own, best = result["base"], result["steered"]
     print(
-        f"{result['task']}: base {' '.join(shown(own))}, best constant noise {shown(best)[0]} "
-        f"{best['ci95']} over {result['episodes']} held-out episodes, found in {ticket.env_steps} steps"
+        f"{result['task']}: base {' '.join(shown(own))}, best constant noise "
+        f"{' '.join(shown(best))} over {result['episodes']} held-out episodes, found in {ticket.env_steps} steps"
     )
     print(f"written: {out}")
     return 0

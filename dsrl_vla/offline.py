@@ -41,8 +41,10 @@ class OfflineConfig:
 
     source: str = ""
     """An .npz file, a Robomimic .hdf5 file, a folder of a Hugging Face dataset or a LeRobotDataset; empty for none."""
+    more: tuple[str, ...] = ()
+    """Further ones beside it: demonstrations, say, beside rollouts of the base."""
     episodes: int | None = None
-    """Use only the first so many."""
+    """Use only the first so many of each."""
     stride: int | None = None
     """Steps between the starts of two decisions; by default a whole chunk. Less makes more of the data, and
     costs as many more calls to the base."""
@@ -62,6 +64,8 @@ class OfflineConfig:
         for name in ("episodes", "stride"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise bad(f"offline.{name}", "1 or more", value)
+        if self.more and not self.source:
+            raise bad("offline.more", "offline.source to go with it", f"{', '.join(self.more)} and no source")
 
 
 def check_episode(

@@ -22,7 +22,7 @@ from __future__ import annotations
 import logging
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -47,17 +47,18 @@ _ENDS = ("terminated", "next.terminated", "success", "next.done")
 
 
 def read_episodes(config: OfflineConfig) -> Iterator[OfflineEpisode]:
-    """The episodes a config names, relabelled as it says.
+    """The episodes a config names, one source after the other, relabelled as it says.
 
     Raises:
         DsrlError: no such file or folder; a field is missing; the relabelling function cannot be imported.
     """
-    path = Path(config.source).expanduser()
-    if not path.exists():
-        raise bad("offline.source", "an .npz or .hdf5 file or the folder of a dataset", f"'{config.source}'")
-    episodes = named_problems(config.source, reader_of(path)(path))
+    paths = [Path(source).expanduser() for source in (config.source, *config.more)]
+    for path in paths:
+        if not path.exists():
+            raise bad("offline.source", "an .npz or .hdf5 file or the folder of a dataset", f"'{path}'")
     relabel = load_relabel(config.relabel) if config.relabel else lambda episode: episode
-    return (relabel(episode) for episode in islice(episodes, config.episodes))
+    read = (islice(named_problems(str(path), reader_of(path)(path)), config.episodes) for path in paths)
+    return (relabel(episode) for episode in chain.from_iterable(read))
 
 
 def fill(replay: Replay, loader: OfflineLoader) -> None:

@@ -10,13 +10,14 @@ from dsrl_vla.cli import main
 from dsrl_vla.errors import DsrlError
 from dsrl_vla.head import HeadConfig, SteeringHead
 from dsrl_vla.latent_sac import SACConfig
+from dsrl_vla.nano.demos import DemoConfig, collect
 from dsrl_vla.networks import NetworkConfig
 from dsrl_vla.noise import NoiseLayout
 from dsrl_vla.noise_bank import ACTION, BANK_ACTION, BANK_LATENT, BankConfig, BankKeeper, Keeper, PrefixKeeper
 from dsrl_vla.observation import batch
 from dsrl_vla.offline import MixedReplay, OfflineConfig, OfflineLoader, check_episode, sparse_success
 from dsrl_vla.offline_sources import fill, load_relabel, read_episodes, read_npz, write_npz
-from dsrl_vla.recording import record
+from dsrl_vla.recording import demonstrate, record
 from dsrl_vla.replay import Replay
 from dsrl_vla.rollout import TaskConfig
 from dsrl_vla.sources import PriorNoise
@@ -264,7 +265,10 @@ def test_a_reward_per_step_is_one_number(fork_base, head, episodes):
 
 @pytest.mark.parametrize(
     ("config", "message"),
-    [({"share": 1.0}, "offline.share"), ({"stride": 0}, "offline.stride"), ({"updates": -1}, "offline.updates")],
+    [
+        *[({"share": 1.0}, "offline.share"), ({"stride": 0}, "offline.stride"), ({"updates": -1}, "offline.updates")],
+        ({"more": ("x.npz",)}, "offline.more: expected offline.source to go with it, got x.npz and no source"),
+    ],
 )
 def test_bad_settings_are_named(config, message):
     with pytest.raises(DsrlError, match=message):
@@ -385,7 +389,33 @@ def test_the_recorder_takes_a_runs_head_for_its_own_base_only(fork_recipe, fork_
 def test_the_recorder_is_told_one_source(fork_recipe, tmp_path, capsys):
     options = ["--noise", "held", "--run", str(tmp_path)]
     assert main(["record", str(fork_recipe), "--out", str(tmp_path / "x.npz"), *options]) == 2
-    assert "record: expected --noise or --run, got both, --noise held and --run" in capsys.readouterr().err
+    assert (
+        "record: expected one of --noise, --run and --demonstrator, got --noise and --run" in capsys.readouterr().err
+    )
+    assert main(["record", str(fork_recipe), "--out", str(tmp_path / "x.npz"), "--demonstrator", "expert"]) == 2
+    assert "expected a task with a scripted expert, got 'point:fork'" in capsys.readouterr().err
+
+
+def test_an_operators_demonstrations_are_those_that_a_base_is_cloned_from():
+    operator = DemoConfig(("metaworld:drawer-open-v3",), episodes=2, max_episode_steps=12, seed=7)
+    cloned = collect(operator)
+    recorded = list(demonstrate(TaskConfig("metaworld:drawer-open-v3", 12), operator, (7, 8)))
+    assert np.array_equal(np.concatenate([e["action"] for e in recorded]), cloned.actions)
+    assert np.array_equal(np.concatenate([e["observation.state"] for e in recorded]), cloned.states)
+    assert [e["task"] for e in recorded] == [cloned.prompts[0]] * 2 and not any(e["terminated"] for e in recorded)
+
+
+def test_demonstrations_are_recorded_and_read_beside_others(tmp_path, capsys):
+    made = [tmp_path / f"{name}.npz" for name in ("operator", "expert")]
+    for path in made:
+        options = ["--demonstrator", path.stem, "--episodes", "2", "--task.max_episode_steps", "10"]
+        assert main(["record", "drawer-open", "--out", str(path), *options]) == 0
+    assert "2 episodes, 0 successful" in capsys.readouterr().out
+    both = list(read_episodes(OfflineConfig(str(made[0]), more=(str(made[1]),))))
+    first = list(read_episodes(OfflineConfig(str(made[0]), more=(str(made[1]),), episodes=1)))
+    assert (len(both), len(first)) == (4, 2) and np.array_equal(first[1]["action"], both[2]["action"])
+    with pytest.raises(DsrlError, match="offline.source: expected an .npz .*, got '.*absent.npz'"):
+        read_episodes(OfflineConfig(str(made[0]), more=(str(tmp_path / "absent.npz"),)))
 
 
 def test_offline_alone_and_offline_to_online_through_the_command_line(fork_recipe, tmp_path, capsys):

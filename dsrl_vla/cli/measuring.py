@@ -4,13 +4,18 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import tyro
 
 from ..errors import bad
 from ..measures import shown
 from .options import parse, read_recipe
+
+if TYPE_CHECKING:
+    from ..policy import FrozenPolicy
+    from ..recipe import Recipe
+    from ..sources import NoiseSource
 
 
 @dataclass(frozen=True)
@@ -62,7 +67,7 @@ class SearchArgs:
 
 @dataclass(frozen=True)
 class RecordArgs:
-    """Record rollouts of a recipe's base as offline data (npz), to learn from with algorithm na."""
+    """Record rollouts of a recipe's base, or demonstrations, as offline data (npz) for algorithm na."""
 
     recipe: tyro.conf.Positional[str]
     """Name of a shipped recipe or a YAML file; recipe fields are options too."""
@@ -77,6 +82,10 @@ class RecordArgs:
     episode ends tells what its noise did: the best data to learn from offline."""
     run: Path | None = None
     """A run's directory: its best head picks the noise."""
+    demonstrator: Literal["operator", "expert"] | None = None
+    """Demonstrations, by no base, on tasks that have a scripted expert (metaworld:, ogbench:, robosuite:). operator:
+    whom the embedded base was cloned from, who in 60 % of episodes sees the object where it is not; failures are kept.
+    expert: one who never does."""
 
 
 def run_preflight(argv: list[str]) -> int:
@@ -205,6 +214,22 @@ def _new(out: Path) -> Path:
     return out
 
 
+def _source(args: RecordArgs, recipe: Recipe, base: FrozenPolicy) -> NoiseSource:
+    """Who picks the noise of recorded episodes."""
+    from ..pairing import check_pair
+    from ..sources import HeadNoise, HeldNoise, LayoutNoise, PriorNoise
+    from ..training import load_run
+
+    if args.run:
+        head = load_run(args.run)[1]
+        check_pair(head.config, base)
+        return HeadNoise(head)
+    if args.noise in ("layout", "held"):
+        layout = recipe.noise.over(base.spec.noise)
+        return HeldNoise(layout) if args.noise == "held" else LayoutNoise(layout)
+    return PriorNoise(base.spec.noise)
+
+
 def run_record(argv: list[str]) -> int:
     """Record rollouts as offline data."""
     args, rest = parse(RecordArgs, argv, "record")
@@ -212,35 +237,30 @@ def run_record(argv: list[str]) -> int:
     from tqdm import tqdm
 
     from .. import seeds
+    from ..nano.demos import DemoConfig
     from ..offline_sources import write_npz
-    from ..pairing import check_pair
-    from ..recording import record
+    from ..recording import demonstrate, record
     from ..run_dir import make_folder
-    from ..sources import HeadNoise, HeldNoise, LayoutNoise, NoiseSource, PriorNoise
-    from ..training import load_run
 
     if args.out.suffix != ".npz" or args.out.exists():
         raise bad(f"{args.out}", "a new file that ends in .npz", "one that exists" if args.out.exists() else args.out)
     if args.skip < 0:
         raise bad("record --skip", "0 or more", args.skip)
-    if args.run and args.noise:
-        raise bad("record", "--noise or --run", f"both, --noise {args.noise} and --run {args.run}")
+    given = {"--noise": args.noise, "--run": args.run, "--demonstrator": args.demonstrator}
+    if len(told := [name for name, value in given.items() if value]) > 1:
+        raise bad("record", "one of --noise, --run and --demonstrator", " and ".join(told))
     make_folder(args.out.parent)
-    base = recipe.base.load()
-    source: NoiseSource = PriorNoise(base.spec.noise)
-    if args.run:
-        head = load_run(args.run)[1]
-        check_pair(head.config, base)
-        source = HeadNoise(head)
-    elif args.noise == "layout":
-        source = LayoutNoise(recipe.noise.over(base.spec.noise))
-    elif args.noise == "held":
-        source = HeldNoise(recipe.noise.over(base.spec.noise))
     numbers = seeds.block(seeds.RECORDING + args.skip, args.episodes)
     with tqdm(total=args.episodes * len(recipe.task.uris), unit="episode", desc="recording", disable=None) as bar:
         kept: list[Any] = []
+        tick = lambda _: bar.update()
         try:
-            kept.extend(record(base, recipe.task, source, numbers, lambda _: bar.update()))
+            if args.demonstrator:
+                operator = DemoConfig() if args.demonstrator == "operator" else DemoConfig(offset_share=0.0)
+                kept.extend(demonstrate(recipe.task, operator, numbers, tick))
+            else:
+                base = recipe.base.load()
+                kept.extend(record(base, recipe.task, _source(args, recipe, base), numbers, tick))
         except KeyboardInterrupt:  # what has been played is worth keeping
             if not kept:
                 raise

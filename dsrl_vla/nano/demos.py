@@ -70,17 +70,28 @@ class Demos:
         return len(self.states)
 
 
+class Operator:
+    """Plays the episode of this seed, which has just begun: an expert whose calibration may be off, with a hand that
+    shakes."""
+
+    def __init__(self, env: Demonstrable, seed: int, config: DemoConfig):
+        self.rng, self.action_noise = np.random.default_rng(seed), config.action_noise
+        self.shift = config.offset if self.rng.random() < config.offset_share else 0.0
+        self.expert = env.expert()
+
+    def act(self) -> np.ndarray:
+        """The action (A,) in the present state, float32 in [-1, 1]."""
+        action = np.clip(self.expert(self.shift), -1, 1).astype(np.float32)
+        shake = self.action_noise * self.rng.standard_normal(len(action))
+        return np.clip(action + shake, -1, 1).astype(np.float32)
+
+
 def _episode(env: Demonstrable, seed: int, config: DemoConfig) -> tuple[list[tuple], bool]:
-    rng = np.random.default_rng(seed)
-    shift = config.offset if rng.random() < config.offset_share else 0.0
     env.begin(seed)
-    expert, camera = env.expert(), IMAGE_PREFIX + next(iter(env.info.cameras))
+    operator, camera = Operator(env, seed, config), IMAGE_PREFIX + next(iter(env.info.cameras))
     frames, success, after = [], False, 8
     for _ in range(config.max_episode_steps):
-        action = np.clip(expert(shift), -1, 1).astype(np.float32)
-        shake = config.action_noise * rng.standard_normal(len(action))
-        action = np.clip(action + shake, -1, 1).astype(np.float32)
-        observation = env.observe()
+        action, observation = operator.act(), env.observe()
         frames.append((observation[camera], observation[STATE], action, env.whereabouts()))
         success |= env.advance(action)[1]
         after -= success

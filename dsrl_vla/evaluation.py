@@ -177,23 +177,32 @@ def evaluate(
     steered = measure(base, task, HeadNoise(head), seeds, on_episode=on_episode)
     stochastic = measure(base, task, HeadNoise(head, deterministic=False), seeds, on_episode=on_episode)
     own = found.pop("base")
+    more = {"steered_stochastic": stochastic.to_json()}
+    return compared(base, task, seeds, own, steered, found) | more
+
+
+def compared(
+    base: FrozenPolicy,
+    task: VectorTask,
+    seeds: Sequence[int],
+    own: Measure,
+    steered: Measure,
+    controls: Mapping[str, Measure],
+) -> dict[str, Any]:
+    """What ``eval.json`` holds of a way to steer: the base and it on the same episodes; and each of several tasks."""
+    scenes = {"scenes": task.info.scenes} if task.info.scenes else {}
     return {
         "task": " + ".join(task.config.uris),
         "base_uri": base.spec.uri,
-        "episodes": episodes * len(task.config.uris),
+        "episodes": len(steered.episodes),
         "seeds": [seeds[0], seeds[-1]],
         "base": own.to_json(),
         "steered": steered.to_json(),
-        "steered_stochastic": stochastic.to_json(),
         "difference": paired_difference(own, steered),
-        "controls": {name: m.to_json() for name, m in found.items()},
-        **more_facts(task, own, steered, found),
+        "controls": {name: m.to_json() for name, m in controls.items()},
+        **scenes,
+        **_each_task(own, steered, controls),
     }
-
-
-def more_facts(task: VectorTask, own: Measure, steered: Measure, controls: Mapping[str, Measure]) -> dict[str, Any]:
-    """What ``eval.json`` says beyond measures: how many initial states a task has, and each of several tasks."""
-    return ({"scenes": task.info.scenes} if task.info.scenes else {}) | _each_task(own, steered, controls)
 
 
 def _each_task(own: Measure, steered: Measure, controls: Mapping[str, Measure]) -> dict[str, Any]:

@@ -18,7 +18,7 @@ import torch
 from . import seeds as seed_ranges
 from .episodes import Episode
 from .errors import at_least, bad
-from .evaluation import Measure, evaluation_seeds, measure, more_facts, paired_difference
+from .evaluation import Measure, compared, evaluation_seeds, measure
 from .head import SteeringHead
 from .head_config import HeadConfig
 from .networks import NetworkConfig
@@ -180,16 +180,5 @@ def evaluate_ticket(
     seeds = evaluation_seeds(task, episodes)
     own = measure(base, task, PriorNoise(base.spec.noise), seeds, on_episode=on_episode)
     found = measure(base, task, ticket.source(layout), seeds, on_episode=on_episode)
-    return {
-        "task": " + ".join(task.config.uris),
-        "base_uri": base.spec.uri,
-        "layout": layout.name,
-        "episodes": len(found.episodes),
-        "seeds": [seeds[0], seeds[-1]],
-        "base": own.to_json(),
-        "steered": found.to_json(),
-        "controls": {},
-        "difference": paired_difference(own, found),
-        "search_env_steps": ticket.env_steps,
-        **more_facts(task, own, found, {}),
-    }
+    more = {"layout": layout.name, "search_env_steps": ticket.env_steps}
+    return compared(base, task, seeds, own, found, {}) | more

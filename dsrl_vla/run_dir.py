@@ -44,8 +44,8 @@ def disk_errors(path: Path) -> Iterator[None]:
         if full or "No space left" in text:
             free = shutil.disk_usage(path if path.exists() else path.parent).free / 1e6
             raise DsrlError(
-                f"{path}: expected room on the disk, got a full one ({free:.0f} MB free). Free some and go on with "
-                "--resume; what was written before is intact."
+                f"{path}: expected room on the disk, got a full one ({free:.0f} MB free). Free some: a run goes on "
+                "with --resume; what was written before is intact."
             ) from error
         if number in _NO_PLACE:
             raise bad(str(path), "a folder that can be written", text) from error

@@ -170,13 +170,6 @@ class Trainer:
         if not self.done:
             recipe = self.out / "recipe.yaml"
             log.warning("interrupted; go on with: dsrl-vla train %s --out %s --resume", recipe, self.out)
-        elif not self.learner.updates:
-            needed, by = self.recipe.warm_up
-            each = (collector.env_steps - self.searched) / max(1, collector.decisions)
-            wanted, least = f"steps for more than the {needed} decisions of {by}", math.ceil(needed * each)
-            least += self.searched
-            got = f"{collector.decisions} decisions: nothing has been learnt"
-            raise bad(f"train.env_steps {config.env_steps}", wanted, got, f"About {least} steps make so many.")
         return self.done
 
     def _decide(self) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -119,6 +120,8 @@ def train(
         if resume:
             resume_run(trainer)
         finished = trainer.run()
+        if finished:
+            _check_learnt(trainer)
         trainer.check_saved()
         if finished:
             settle(trainer)
@@ -147,6 +150,18 @@ def _check_warm_up(recipe: Recipe, base: FrozenPolicy) -> None:
     if not recipe.offline.updates and total <= needed * steps:
         words = "train.env_steps %d may not do for the %d decisions of %s, of up to %d steps each"
         log.warning(words, total, needed, by, steps)
+
+
+def _check_learnt(trainer: Trainer) -> None:
+    """Refuse to call a head trained that never was."""
+    if trainer.learner.updates:
+        return
+    collector, (needed, by) = trainer.collector, trainer.recipe.warm_up
+    each = (collector.env_steps - trainer.searched) / max(1, collector.decisions)
+    least = trainer.searched + math.ceil(needed * each)
+    wanted = f"steps for more than the {needed} decisions of {by}"
+    got = f"{collector.decisions} decisions: nothing has been learnt"
+    raise bad(f"train.env_steps {trainer.recipe.train.env_steps}", wanted, got, f"About {least} steps make so many.")
 
 
 def _follow(team: LaunchedTeam, recipe: Recipe) -> SteeringHead:

@@ -724,7 +724,10 @@ def test_a_run_is_served_with_its_base_and_its_best_head(fork_base, fork_recipe,
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["serve", "nowhere"], "serve: expected a base's URI such as 'nano:', or a run's directory, got 'nowhere'"),
+        (
+            ["serve", "nowhere"],
+            "base or run: expected a base's URI such as 'nano:', or a run's directory, got",
+        ),
         (["serve", "flow-mlp:x", "--host", "0.0.0.0"], "expected an API key when listening on '0.0.0.0'"),
         (["serve", "flow-mlp:x", "--api-key-file", "none"], "--api-key-file: expected a file that can be read"),
         (["serve", "flow-mlp:x", "--threads", "-2"], "serve.threads: expected 0 or more, got -2"),

@@ -124,7 +124,7 @@ def load(args: ServeArgs) -> tuple[Any, Any]:
         return load_base(uri, **beside.options, **(own | options)), head
     if not (folder / "recipe.yaml").exists():
         if ":" not in args.target:
-            raise bad("serve", "a base's URI such as 'nano:', or a run's directory", f"'{args.target}'")
+            raise bad("base or run", "a base's URI such as 'nano:', or a run's directory", f"'{args.target}'")
         return load_bare(args)
     from ..training import load_run
 

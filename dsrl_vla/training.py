@@ -239,7 +239,7 @@ def load_run(out: Path | str) -> tuple[Recipe, SteeringHead]:
     if not (out / "recipe.yaml").exists():
         raise bad(str(out), "a run's directory", "one without a recipe.yaml")
     if not (out / "best").is_dir():
-        heads = "It is a head's folder, which serve, drive --run and inspect take; a run's has recipe.yaml and best/."
+        heads = "It is a head's folder, which serve, drive, eval and inspect take; a run's has recipe.yaml and best/."
         fix = heads if (out / CONFIG).exists() else ""
         raise bad(str(out), "the directory of a run that has validated a head", "one without best/", fix)
     return load_recipe(out / "recipe.yaml"), SteeringHead.from_pretrained(out / "best")

@@ -34,6 +34,17 @@ def test_train_resume_eval_and_preflight(fork_recipe, tmp_path, capsys, caplog):
     assert main(["eval", str(out), "--episodes", "2", "--no-controls", "--out", str(tmp_path / "new" / "x.json")]) == 0
     assert json.loads((tmp_path / "new" / "x.json").read_text())["episodes"] == 2
 
+    handed = tmp_path / "handed"
+    assert main(["push", str(out), "--folder", str(handed)]) == 0
+    assert main(["eval", str(handed)]) == 2
+    assert "--out for a head's folder, whose eval.json is its author's, got none" in capsys.readouterr().err
+    options = ["--episodes", "10", "--no-controls", "--out", str(tmp_path / "checked.json")]
+    assert main(["eval", str(handed), *options]) == 0
+    assert json.loads((tmp_path / "checked.json").read_text())["steered"] == again["steered"]
+    (handed / "recipe.yaml").unlink()
+    assert main(["eval", str(handed), *options]) == 2
+    assert "expected a head with the recipe.yaml of its run" in capsys.readouterr().err
+
     flags = ["--episodes", "6", "--best-of", "2", "--layouts", "repeat", "chunk", "--bounds", "1.5"]
     assert main(["preflight", str(fork_recipe), "--out", str(tmp_path / "pre"), *flags]) == 0
     assert json.loads((tmp_path / "pre" / "preflight.json").read_text())["episodes"] == 6

@@ -147,12 +147,14 @@ def base_measures(path: Path, recipe: Recipe) -> dict[str, Measure]:
 
 
 def recorded(recipe: str, noise: str, episodes: int, out: Path) -> None:
-    """Record offline episodes of a shipped recipe's base, unless they are there, of that base, task and layout."""
+    """Record offline episodes of a shipped recipe's base, or for `noise` "expert" demonstrations, unless they are
+    there, of that base, task and layout."""
     shipped, told = load_recipe(recipe), out.with_suffix(".of.json")
     of = _decisive(shipped, shipped.base.load()) | {"noise": noise, "episodes": episodes}
     if out.exists() and read(told) == of:
         return
     out.unlink(missing_ok=True)
-    if status := command(["record", recipe, "--noise", noise, "--episodes", str(episodes), "--out", str(out)]):
+    option = "--demonstrator" if noise in ("operator", "expert") else "--noise"
+    if status := command(["record", recipe, option, noise, "--episodes", str(episodes), "--out", str(out)]):
         raise SystemExit(status)
     told.write_text(json.dumps(of) + "\n")

@@ -45,11 +45,11 @@ DISCOUNT = {"pick-place": 0.98, "push": 0.98}
 """Of what goes online from offline data, on the tasks where DSRL-NA levels off below 0.9 at the recipe's 0.99; as
 `na-0.98` DSRL-NA is run with it by itself too."""
 RECORDED = {
-    "offline-to-online": {"layout": 50},
-    "demonstrations-to-online": {"held": 25, "expert": 25},
-    "offline": {"held": 400},
+    "offline-to-online": [("layout", 50, 0)],
+    "demonstrations-to-online": [("held", 25, 0), ("expert", 25, 25)],  # of 50 different scenes
+    "offline": [("held", 400, 0)],
 }
-"""Offline episodes of a variant: what `record` is told, and how many."""
+"""Offline episodes of a variant: what `record` is told, how many, and how many it passes over."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ def variant_recipe(task: str, variant: str, seed: int) -> Any:
 
     changes = json.loads(json.dumps(VARIANTS[variant]))
     if "offline" in changes:
-        first, *more = (str(offline_data(task, *each)) for each in RECORDED[variant].items())
+        first, *more = (str(offline_data(task, *each)) for each in RECORDED[variant])
         changes["offline"] |= {"source": first, "more": more}
     if variant.endswith("-to-online") and task in DISCOUNT:
         changes["sac"] = {"gamma": DISCOUNT[task]}
@@ -92,16 +92,16 @@ def as_shipped(task: str, variant: str) -> bool:
     return variant == load_recipe(task).algorithm
 
 
-def offline_data(task: str, noise: str, episodes: int) -> Path:
-    """Episodes of the base, recorded once per task."""
-    return RUNS / f"{task}-{noise}-{episodes}.npz"
+def offline_data(task: str, noise: str, episodes: int, skip: int) -> Path:
+    """Episodes, recorded once per task."""
+    return RUNS / f"{task}-{noise}-{episodes}{f'-from-{skip}' if skip else ''}.npz"
 
 
 def record_task(task: str, variants: set[str]) -> None:
     """Record what a task's variants learn from offline, and measure its base and controls, unless they are there."""
     base_measures(task)
-    for noise, episodes in sorted({each for v in variants for each in RECORDED.get(v, {}).items()}):
-        recorded(task, noise, episodes, offline_data(task, noise, episodes))
+    for noise, episodes, skip in sorted({each for v in variants for each in RECORDED.get(v, [])}):
+        recorded(task, noise, episodes, offline_data(task, noise, episodes, skip), skip)
 
 
 def run_ticket(task: str, seed: int, out: Path) -> None:

@@ -42,7 +42,7 @@ class OfflineConfig:
     source: str = ""
     """An .npz file, a Robomimic .hdf5 file, a folder of a Hugging Face dataset or a LeRobotDataset; empty for none."""
     more: tuple[str, ...] = ()
-    """Further ones beside it: demonstrations, say, beside rollouts of the base."""
+    """Further ones beside it: demonstrations, say, beside rollouts of the base. `relabel` goes for all of them."""
     episodes: int | None = None
     """Use only the first so many of each."""
     stride: int | None = None

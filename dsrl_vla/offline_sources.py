@@ -72,7 +72,8 @@ def fill(replay: Replay, loader: OfflineLoader) -> None:
     if not replay.added:
         chunk = loader.base.spec.executed_steps
         wanted = f"an episode that terminated, or one of more than the {chunk} steps of a chunk"
-        raise bad(f"offline.source {loader.config.source}", wanted, "none, so nothing to learn from")
+        sources = ", ".join((loader.config.source, *loader.config.more))
+        raise bad(f"offline.source {sources}", wanted, "none, so nothing to learn from")
     if replay.added > replay.capacity:
         words = (
             "offline data: train.replay_capacity has room for the last %d of %d decisions; the others are left out."

@@ -180,7 +180,8 @@ class Recipe:
         starts, returns = self.train.learning_starts, self.sac.n_step * self.task.num_envs * self.rollout.workers
         if self.offline.source or starts >= returns:
             return starts, "train.learning_starts"
-        return returns, "the first returns over sac.n_step in task.num_envs environments"
+        workers = " of rollout.workers" if self.rollout.workers > 1 else ""
+        return returns, f"the first returns over sac.n_step in task.num_envs environments{workers}"
 
     def __post_init__(self) -> None:
         check_choices(self)
@@ -242,6 +243,11 @@ def base_beside(folder: Path) -> BaseConfig:
     """
     path = folder / "recipe.yaml"
     return from_plain(BaseConfig, _read(path).get("base", {}), "base") if path.is_file() else BaseConfig()
+
+
+def task_beside(folder: Path) -> TaskConfig:
+    """What it says of the task, as `base_beside`; raises what that does."""
+    return from_plain(TaskConfig, _read(folder / "recipe.yaml").get("task", {}), "task")
 
 
 def differing(one: Recipe, other: Recipe) -> list[str]:

@@ -75,7 +75,8 @@ def value_gap(
             pay for all the steps that it would have had, which is beyond them.
 
     Returns:
-        ``{"return": mean of G, "value_gap": mean of Q(s, u) - G}``; nothing when the replay has forgotten them.
+        ``{"return": mean of G, kept to `bounds`, "value_gap": mean of Q(s, u) - G}``; nothing when the replay has
+        forgotten them.
     """
     if not episodes:
         return {}

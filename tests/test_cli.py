@@ -5,6 +5,7 @@ import sys
 import pytest
 import yaml
 from dsrl_vla.cli import COMMANDS, main
+from dsrl_vla.training import load_run
 
 
 def test_lists(capsys):
@@ -14,7 +15,7 @@ def test_lists(capsys):
     assert "transformers:" in capsys.readouterr().out
 
 
-def test_train_resume_eval_and_preflight(fork_recipe, tmp_path, capsys, caplog):
+def test_train_resume_eval_and_a_head_that_is_handed_on(fork_recipe, tmp_path, capsys, caplog):
     out = tmp_path / "run"
     assert main(["train", str(fork_recipe), "--out", str(out), "--train.seed", "3", "--sac.gamma=0.98"]) == 0
     printed = capsys.readouterr().out
@@ -37,14 +38,38 @@ def test_train_resume_eval_and_preflight(fork_recipe, tmp_path, capsys, caplog):
     handed = tmp_path / "handed"
     assert main(["push", str(out), "--folder", str(handed)]) == 0
     assert main(["eval", str(handed)]) == 2
-    assert "--out for a head's folder, whose eval.json is its author's, got none" in capsys.readouterr().err
+    assert "eval --out: expected a file outside the head's folder" in capsys.readouterr().err
+    assert main(["eval", str(handed), "--out", str(handed / "eval.json")]) == 2
     options = ["--episodes", "10", "--no-controls", "--out", str(tmp_path / "checked.json")]
     assert main(["eval", str(handed), *options]) == 0
-    assert json.loads((tmp_path / "checked.json").read_text())["steered"] == again["steered"]
-    (handed / "recipe.yaml").unlink()
+    checked = json.loads((tmp_path / "checked.json").read_text())
+    assert checked["steered"] == again["steered"] and checked["env_steps"] == result["env_steps"]
+    told = (handed / "recipe.yaml").read_text()
+    (handed / "recipe.yaml").write_text("extends: ../run/recipe.yaml\n")
+    assert main(["eval", str(handed), *options]) == 2  # not what its manifest is of
+    assert "recipe.yaml" in (said := capsys.readouterr().err) and "manifest" in said
+    (handed / "recipe.yaml").write_text(told)
+    assert main(["eval", str(handed), *options, "--device", "cuda:99"]) == 2
+    assert "expected float32 on the cpu for 'flow-mlp:', got float32 on cuda:99" in capsys.readouterr().err
+    assert main(["eval", str(tmp_path), *options]) == 2
+    assert "a head's folder (dsrl-vla pull fetches one) or shipped:<recipe>" in capsys.readouterr().err
+
+
+def test_a_head_without_its_manifest_is_evaluated_by_the_recipe_beside_it(fork_recipe, tmp_path, capsys):
+    out, handed = tmp_path / "run", tmp_path / "handed"
+    assert main(["train", str(fork_recipe), "--out", str(out), "--train.env_steps", "400"]) == 0
+    head = load_run(out)[1]
+    head.save_pretrained(handed)
+    options = ["--episodes", "2", "--no-controls", "--out", str(tmp_path / "checked.json")]
     assert main(["eval", str(handed), *options]) == 2
     assert "expected a head with the recipe.yaml of its run" in capsys.readouterr().err
+    told = yaml.safe_load((out / "recipe.yaml").read_text())
+    (handed / "recipe.yaml").write_text(yaml.safe_dump(told | {"of a later version": 1}))
+    assert main(["eval", str(handed), *options]) == 0
+    assert "baselines" not in json.loads((tmp_path / "checked.json").read_text())
 
+
+def test_preflight_recommends_on_the_command_line(fork_recipe, tmp_path, capsys):
     flags = ["--episodes", "6", "--best-of", "2", "--layouts", "repeat", "chunk", "--bounds", "1.5"]
     assert main(["preflight", str(fork_recipe), "--out", str(tmp_path / "pre"), *flags]) == 0
     assert json.loads((tmp_path / "pre" / "preflight.json").read_text())["episodes"] == 6

@@ -12,9 +12,10 @@ from collections.abc import Callable
 
 from ..errors import DsrlError, unknown
 from .driving import run_drive
+from .evaluating import run_eval
 from .exporting import run_export, run_export_policy
 from .listing import init_recipe, list_adapters, list_recipes
-from .measuring import run_eval, run_preflight, run_record, run_search
+from .measuring import run_preflight, run_record, run_search
 from .serving import run_serve
 from .sharing import run_inspect, run_pull, run_push
 from .training import run_pretrain, run_train

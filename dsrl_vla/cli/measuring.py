@@ -1,4 +1,4 @@
-"""``preflight``, ``eval``, ``search`` and ``record``: commands that run a base or a head."""
+"""``preflight``, ``search`` and ``record``: commands that run a base."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from ..measures import shown
 from .options import parse, read_recipe
 
 if TYPE_CHECKING:
-    from ..head import SteeringHead
     from ..policy import FrozenPolicy
     from ..recipe import Recipe
     from ..sources import NoiseSource
@@ -33,18 +32,6 @@ class PreflightArgs:
     bounds: tuple[float, ...] = (1.0, 1.5, 2.0)
     out: Path | None = None
     """Directory for preflight.json; by default runs/<recipe>-preflight."""
-
-
-@dataclass(frozen=True)
-class EvalArgs:
-    """Evaluate a run's best head, or a head that was handed on, against its base, on the same held-out episodes."""
-
-    run: tyro.conf.Positional[Path]
-    """A run's directory, a head's folder (`dsrl-vla pull`), or shipped:<recipe>."""
-    episodes: int = 100
-    controls: bool = True
-    out: Path | None = None
-    """File to write; by default <run>/eval.json."""
 
 
 @dataclass(frozen=True)
@@ -118,66 +105,6 @@ def run_preflight(argv: list[str]) -> int:
     write_json(out / "preflight.json", result)
     print_preflight(result)
     print(f"written: {out / 'preflight.json'}")
-    return 0
-
-
-def _head_and_recipe(args: EvalArgs) -> tuple[Recipe, SteeringHead, Path]:
-    """What is evaluated, and where to write it: a head that was handed on keeps its author's evaluation."""
-    from ..bases import check_named
-    from ..head import SteeringHead
-    from ..head_config import CONFIG
-    from ..hub import SHELF, fetch
-    from ..recipe import load_recipe
-    from ..training import load_run
-
-    folder = fetch(str(args.run)) if str(args.run).startswith(SHELF) else args.run
-    if not (folder / CONFIG).exists():
-        return *load_run(folder), args.out or folder / "eval.json"
-    if args.out is None:
-        raise bad("eval", "--out for a head's folder, whose eval.json is its author's", "none")
-    if not (folder / "recipe.yaml").is_file():
-        raise bad(str(folder), "a head with the recipe.yaml of its run, which says the task", "one without")
-    recipe = load_recipe(folder / "recipe.yaml")
-    check_named(recipe.base.uri, f"{folder / 'recipe.yaml'}", "train or evaluate by a recipe of your own")
-    return recipe, SteeringHead.from_pretrained(folder), args.out
-
-
-def run_eval(argv: list[str]) -> int:
-    """Evaluate a run's best head against its base, on the same held-out episodes."""
-    args = tyro.cli(EvalArgs, prog="dsrl-vla eval", args=argv)
-    import json
-
-    from tqdm import tqdm
-
-    from ..evaluation import RUN_FACTS, evaluate, evaluation_episodes
-    from ..plots import draw_curves
-    from ..rollout import VectorTask
-    from ..run_dir import Metrics, make_folder, write_json
-    from ..tables import print_evaluation
-
-    recipe, head, target = _head_and_recipe(args)
-    if target.is_dir():
-        raise bad("eval --out", "a JSON file to write", f"a folder, '{target}'")
-    make_folder(target.parent)
-    base = recipe.base.load()
-    before = base.sha256()
-    total = evaluation_episodes(recipe.task, args.episodes, args.controls)
-    with (
-        VectorTask(recipe.task, base.spec.executed_steps) as task,
-        tqdm(total=total, unit="episode", desc="evaluation", disable=None) as bar,
-    ):
-        result = evaluate(base, head, task, args.episodes, args.controls, on_episode=lambda _: bar.update())
-    kept = json.loads((args.run / "eval.json").read_text()) if (args.run / "eval.json").exists() else {}
-    facts = (*RUN_FACTS, *(["baselines"] if kept.get("seeds") == result["seeds"] else []))
-    result |= {key: kept[key] for key in facts if key in kept}
-    result |= {"base_sha256_before": before, "base_sha256_after": base.sha256()}
-    write_json(target, result)
-    if (
-        target == args.run / "eval.json" and (args.run / "metrics.jsonl").exists()
-    ):  # the curve's picture shows it beside the bars
-        draw_curves(args.run / "curves.png", Metrics(args.run / "metrics.jsonl").rows(), result)
-    print_evaluation(result)
-    print(f"written: {target}")
     return 0
 
 

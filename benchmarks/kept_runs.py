@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable
 from dataclasses import asdict
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -71,15 +72,18 @@ def grow(
     jobs: Iterable[Job],
     wanted: Callable[[str, str, int], dict[str, Any]],
     run: Callable[[str, str, int], tuple[dict[str, Any], dict[str, Any]]],
+    recipe: Callable[[str], str],
 ) -> None:
-    """Run every job that `out` does not hold with the `wanted` settings, and write `out` after each.
+    """Run every job that `out` does not hold, of the present base and as `wanted`, and write `out` after each.
 
     Args:
         run: from a job to its run, and to what the file says of the task beside its runs, ``base_sha256`` among it.
+        recipe: the shipped recipe of a task, which says its base.
     """
+    sha256 = cache(lambda task: load_recipe(recipe(task)).base.load().sha256())
     for task, variant, seed in jobs:
-        settings = wanted(task, variant, seed)
-        if holds(read(out).get(task, {}).get("variants", {}).get(variant, []), seed, settings):
+        settings, entry = wanted(task, variant, seed), of_base(read(out).get(task, {}), sha256(task))
+        if holds(entry.get("variants", {}).get(variant, []), seed, settings):
             continue
         fresh, beside = run(task, variant, seed)
         fresh = {"settings": settings, "train_seed": seed} | fresh

@@ -173,7 +173,8 @@ def main() -> int:
     torch.set_num_threads(1)
     RUNS.mkdir(parents=True, exist_ok=True)
     jobs = ((t, v, s) for s in args.seeds for t in args.tasks for v in args.variants)
-    grow(args.out, jobs, lambda task, variant, _: wanted(task, variant, args), lambda *job: run(*job, args))
+    of = lambda task, variant, _: wanted(task, variant, args)
+    grow(args.out, jobs, of, lambda *job: run(*job, args), "gym-{}".format)
     return 0
 
 

@@ -81,7 +81,7 @@ def main() -> int:
     torch.set_num_threads(1)
     RUNS.mkdir(parents=True, exist_ok=True)
     jobs = ((t, v, s) for s in args.seeds for v in args.variants for t in args.tasks)
-    grow(args.out, jobs, lambda *job: settings(recipe_for(*job)), run)
+    grow(args.out, jobs, lambda *job: settings(recipe_for(*job)), run, "gym-{}".format)
     return 0
 
 

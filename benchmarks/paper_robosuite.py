@@ -92,7 +92,7 @@ def main() -> int:
     torch.set_num_threads(1)
     RUNS.mkdir(parents=True, exist_ok=True)
     jobs = ((t, v, s) for s in args.seeds for t in args.tasks for v in args.variants if v in OF_TASK.get(t, OTHERS))
-    grow(args.out, jobs, lambda *job: settings(recipe_for(*job)), run)
+    grow(args.out, jobs, lambda *job: settings(recipe_for(*job)), run, "robosuite-{}".format)
     return 0
 
 

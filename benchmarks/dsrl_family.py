@@ -2,14 +2,12 @@
 
     python benchmarks/dsrl_family.py [--tasks …] [--variants …] [--seeds 0 1 2] [--workers 2] [--report-only]
 
-Every variant uses the shipped recipe of its task. Offline data are recorded episodes of the base, its noise drawn
-in the recipe's layout: 50 before learning online, drawn at every decision; 400 to learn from alone, drawn once per
-episode. `demonstrations-to-online` begins with as many: 25 of an operator who knows where things are, and 25 of the
-base, their noise drawn once per episode. Runs are kept under runs/family/, and neither they nor those that the
-results file already holds with the present recipes are repeated; what steer_metaworld.py has run, with the shipped
-algorithm, is taken over from there. ogbench-cube-2, which is not among the default tasks, needs its base first:
-`dsrl-vla pretrain nano-ogbench-cube --out bases/ogbench-cube`. Writes benchmarks/results/dsrl_family.json, and
-prints the table.
+Every variant uses the shipped recipe of its task. Offline data are recorded episodes of the base, its noise drawn in
+the recipe's layout: 50 before learning online, drawn at every decision; 400 to learn from alone, drawn once per
+episode. Runs are kept under runs/family/, and neither they nor those that the results file already holds with the
+present recipes are repeated; what steer_metaworld.py has run, with the shipped algorithm, is taken over from there.
+ogbench-cube-2, which is not among the default tasks, needs its base first: `dsrl-vla pretrain nano-ogbench-cube --out
+bases/ogbench-cube`. Writes benchmarks/results/dsrl_family.json, and prints the table.
 """
 
 from __future__ import annotations
@@ -30,26 +28,20 @@ from steer_metaworld import base_measures, learning_curve, recipe_for
 
 RUNS = Path("runs/family")
 NA = {"algorithm": "na", "eval": {"baselines": ["best-of-k"], "video_episodes": 0}}
-TO_ONLINE = NA | {"offline": {"updates": 2000, "stride": 2}, "train": {"learning_starts": 1}}
 VARIANTS: dict[str, dict[str, Any]] = {
     "sac": {"algorithm": "sac"},
     "na": NA,
     "na-0.98": NA | {"sac": {"gamma": 0.98}},
     "na-exact": {"algorithm": "na-exact"},
-    "offline-to-online": TO_ONLINE,
-    "demonstrations-to-online": TO_ONLINE,
+    "offline-to-online": NA | {"offline": {"updates": 2000, "stride": 2}, "train": {"learning_starts": 1}},
     "offline": NA | {"offline": {"updates": 6000, "stride": 2}, "train": {"env_steps": 0}},
     "ticket": {},
 }
 DISCOUNT = {"pick-place": 0.98, "push": 0.98}
 """Of what goes online from offline data, on the tasks where DSRL-NA levels off below 0.9 at the recipe's 0.99; as
 `na-0.98` DSRL-NA is run with it by itself too."""
-RECORDED = {
-    "offline-to-online": [("layout", 50, 0)],
-    "demonstrations-to-online": [("held", 25, 0), ("expert", 25, 25)],  # of 50 different scenes
-    "offline": [("held", 400, 0)],
-}
-"""Offline episodes of a variant: what `record` is told, how many, and how many it passes over."""
+RECORDED = {"offline-to-online": ("layout", 50), "offline": ("held", 400)}
+"""Offline episodes of a variant: what `record --noise` is told, and how many."""
 
 
 @dataclass(frozen=True)
@@ -71,9 +63,8 @@ def variant_recipe(task: str, variant: str, seed: int) -> Any:
 
     changes = json.loads(json.dumps(VARIANTS[variant]))
     if "offline" in changes:
-        first, *more = (str(offline_data(task, *each)) for each in RECORDED[variant])
-        changes["offline"] |= {"source": first, "more": more}
-    if variant.endswith("-to-online") and task in DISCOUNT:
+        changes["offline"]["source"] = str(offline_data(task, *RECORDED[variant]))
+    if variant == "offline-to-online" and task in DISCOUNT:
         changes["sac"] = {"gamma": DISCOUNT[task]}
     changes["train"] = changes.get("train", {}) | {"seed": seed}
     recipe = load_recipe(task, changes | {"name": f"{task}-{variant}-{seed}"})
@@ -92,16 +83,16 @@ def as_shipped(task: str, variant: str) -> bool:
     return variant == load_recipe(task).algorithm
 
 
-def offline_data(task: str, noise: str, episodes: int, skip: int) -> Path:
-    """Episodes, recorded once per task."""
-    return RUNS / f"{task}-{noise}-{episodes}{f'-from-{skip}' if skip else ''}.npz"
+def offline_data(task: str, noise: str, episodes: int) -> Path:
+    """Episodes of the base, recorded once per task."""
+    return RUNS / f"{task}-{noise}-{episodes}.npz"
 
 
 def record_task(task: str, variants: set[str]) -> None:
     """Record what a task's variants learn from offline, and measure its base and controls, unless they are there."""
     base_measures(task)
-    for noise, episodes, skip in sorted({each for v in variants for each in RECORDED.get(v, [])}):
-        recorded(task, noise, episodes, offline_data(task, noise, episodes, skip), skip)
+    for noise, episodes in sorted({RECORDED[v] for v in variants if v in RECORDED}):
+        recorded(task, noise, episodes, offline_data(task, noise, episodes))
 
 
 def run_ticket(task: str, seed: int, out: Path) -> None:
@@ -235,10 +226,7 @@ def collect(args: Args) -> dict[str, Any]:
     return found
 
 
-COLUMNS = (
-    *("sac", "na", "na-0.98", "na-exact", "offline-to-online", "demonstrations-to-online", "offline", "ticket"),
-    "best-of-k",
-)
+COLUMNS = ("sac", "na", "na-0.98", "na-exact", "offline-to-online", "offline", "ticket", "best-of-k")
 
 
 def successes(variants: dict[str, Any], column: str) -> list[float]:

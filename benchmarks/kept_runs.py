@@ -150,17 +150,13 @@ def base_measures(path: Path, recipe: Recipe) -> dict[str, Measure]:
     return {name: Measure(tuple(Episode(**e) for e in m)) for name, m in kept["measures"].items()}
 
 
-def recorded(recipe: str, noise: str, episodes: int, out: Path, skip: int = 0) -> None:
-    """Record offline episodes of a shipped recipe's base, or for `noise` "expert" demonstrations, unless they are
-    there, of that base, task and layout."""
+def recorded(recipe: str, noise: str, episodes: int, out: Path) -> None:
+    """Record offline episodes of a shipped recipe's base, unless they are there, of that base, task and layout."""
     shipped, told = load_recipe(recipe), out.with_suffix(".of.json")
     of = _decisive(shipped, shipped.base.load()) | {"noise": noise, "episodes": episodes}
-    of |= {"skip": skip} if skip else {}
     if out.exists() and read(told) == of:
         return
     out.unlink(missing_ok=True)
-    option = "--demonstrator" if noise in ("operator", "expert") else "--noise"
-    count = ["--episodes", str(episodes), *(["--skip", str(skip)] if skip else [])]
-    if status := command(["record", recipe, option, noise, *count, "--out", str(out)]):
+    if status := command(["record", recipe, "--noise", noise, "--episodes", str(episodes), "--out", str(out)]):
         raise SystemExit(status)
     told.write_text(json.dumps(of) + "\n")

@@ -219,6 +219,41 @@ def speed(runs: list[dict[str, Any]]) -> str:
     return ", ".join("–" if steps is None else f"{steps:,}" for steps in reached)
 
 
+def online_section(*files: dict[str, Any]) -> list[str]:
+    """Steps to 0.90 with offline episodes before the first step, and without them, by the same settings otherwise."""
+    columns = "task | offline | steps to 0.90, with | without | share | 95 % interval | times fewer"
+    lines = ["## Offline to online: DSRL-NA with 50 recorded episodes, and without", "", f"| {columns} |"]
+    lines += ["|---" * 7 + "|"]
+    for task, variants in ((task, entry["variants"]) for found in files for task, entry in found.items()):
+        for name, runs in variants.items():
+            if "-to-online" in name and (alone := without(name, runs, variants)):
+                lines.append(f"| {task} | {name} | {speed(runs)} | {speed(alone)} | {share(runs, alone)} |")
+    words = "Share: the mean of one over the mean of the other, its interval by bootstrap over seeds. A run that never"
+    return [*lines, "", f"{words} reaches 0.90 counts as all its steps: ≤ and ≥ say which way that errs.", ""]
+
+
+def without(name: str, runs: list[dict[str, Any]], variants: dict[str, Any]) -> list[dict[str, Any]]:
+    """The runs by DSRL-NA alone that differ from these in their data only: the same discount, validated as often."""
+    how = name.partition(",")[2]
+    gamma = lambda held: held[0]["settings"].get("sac.gamma")
+    alone = (variants.get(other, []) for other in ("na-0.98", f"na,{how}" if how else "na"))
+    return next((held for held in alone if held and gamma(held) == gamma(runs)), [])
+
+
+def share(runs: list[dict[str, Any]], alone: list[dict[str, Any]]) -> str:
+    """Share, interval and its inverse as three cells."""
+    steps = lambda held: np.array([r["env_steps"] if r["steps_to_0.9"] is None else r["steps_to_0.9"] for r in held])
+    never = [any(run["steps_to_0.9"] is None for run in held) for held in (runs, alone)]
+    if all(never):
+        return "– | – | –"
+    own, theirs, rng = steps(runs), steps(alone), np.random.default_rng(0)
+    drawn = [rng.choice(own, len(own)).mean() / rng.choice(theirs, len(theirs)).mean() for _ in range(2000)]
+    low, high = np.quantile(drawn, (0.025, 0.975))
+    sign, inverse = ("≥ ", "≤ ") if never[0] else ("≤ ", "≥ ") if never[1] else ("", "")
+    found = own.mean() / theirs.mean()
+    return f"{sign}{found:.2f} | [{low:.2f}, {high:.2f}] | {inverse}**{1 / found:.1f}**"
+
+
 def by_kind(entry: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
     """steer_metaworld.py's runs by network."""
     found: dict[str, list[dict[str, Any]]] = {}
@@ -237,7 +272,9 @@ def main() -> int:
         lines += success_section(title, robosuite, lambda entry: entry["variants"])
     lines += success_section("MetaWorld, the shipped recipes", read("metaworld"), by_kind)
     title = "MetaWorld and OGBench, the DSRL family"
-    lines += success_section(title, read("dsrl_family"), lambda entry: entry["variants"])
+    family = read("dsrl_family")
+    lines += success_section(title, family, lambda entry: entry["variants"])
+    lines += online_section(family, robosuite)
     (HERE / "REPORT.md").write_text("\n".join(lines).rstrip() + "\n")
     return 0
 

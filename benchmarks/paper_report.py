@@ -226,7 +226,7 @@ def online_section(*files: dict[str, Any]) -> list[str]:
     lines += ["|---" * 7 + "|"]
     for task, variants in ((task, entry["variants"]) for found in files for task, entry in found.items()):
         for name, runs in variants.items():
-            if "-to-online" in name and (alone := without(name, runs, variants)):
+            if name.startswith("offline-to-online") and (alone := without(name, runs, variants)):
                 lines.append(f"| {task} | {name} | {speed(runs)} | {speed(alone)} | {share(runs, alone)} |")
     words = "Share: the mean of one over the mean of the other, its interval by bootstrap over seeds. A run that never"
     return [*lines, "", f"{words} reaches 0.90 counts as all its steps: ≤ and ≥ say which way that errs.", ""]

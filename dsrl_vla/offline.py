@@ -67,6 +67,11 @@ class OfflineConfig:
         if self.more and not self.source:
             raise bad("offline.more", "offline.source to go with it", f"{', '.join(self.more)} and no source")
 
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """All of them."""
+        return (self.source, *self.more)
+
 
 def check_episode(
     episode: OfflineEpisode,

@@ -52,7 +52,7 @@ def read_episodes(config: OfflineConfig) -> Iterator[OfflineEpisode]:
     Raises:
         DsrlError: no such file or folder; a field is missing; the relabelling function cannot be imported.
     """
-    paths = [Path(source).expanduser() for source in (config.source, *config.more)]
+    paths = [Path(source).expanduser() for source in config.sources]
     for path in paths:
         if not path.exists():
             raise bad("offline.source", "an .npz or .hdf5 file or the folder of a dataset", f"'{path}'")
@@ -72,8 +72,7 @@ def fill(replay: Replay, loader: OfflineLoader) -> None:
     if not replay.added:
         chunk = loader.base.spec.executed_steps
         wanted = f"an episode that terminated, or one of more than the {chunk} steps of a chunk"
-        sources = ", ".join((loader.config.source, *loader.config.more))
-        raise bad(f"offline.source {sources}", wanted, "none, so nothing to learn from")
+        raise bad(f"offline.source {', '.join(loader.config.sources)}", wanted, "none, so nothing to learn from")
     if replay.added > replay.capacity:
         words = (
             "offline data: train.replay_capacity has room for the last %d of %d decisions; the others are left out."

@@ -174,15 +174,6 @@ class Recipe:
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
 
-    @property
-    def warm_up(self) -> tuple[int, str]:
-        """After how many decisions there is an update, at the latest, and which fields say so."""
-        starts, returns = self.train.learning_starts, self.sac.n_step * self.task.num_envs * self.rollout.workers
-        if self.offline.source or starts >= returns:
-            return starts, "train.learning_starts"
-        workers = " of rollout.workers" if self.rollout.workers > 1 else ""
-        return returns, f"the first returns over sac.n_step in task.num_envs environments{workers}"
-
     def __post_init__(self) -> None:
         check_choices(self)
         if "best-of-k" in self.eval.baselines and self.algorithm == "sac":
@@ -209,6 +200,15 @@ class Recipe:
                 f"more than the {self.train.learning_starts} decisions of train.learning_starts, each a step or more"
             )
             raise bad("train.env_steps", least, self.train.env_steps)
+
+    @property
+    def warm_up(self) -> tuple[int, str]:
+        """After how many decisions there is an update, at the latest, and which fields say so."""
+        starts, returns = self.train.learning_starts, self.sac.n_step * self.task.num_envs * self.rollout.workers
+        if self.offline.source or starts >= returns:
+            return starts, "train.learning_starts"
+        workers = " of rollout.workers" if self.rollout.workers > 1 else ""
+        return returns, f"the first returns over sac.n_step in task.num_envs environments{workers}"
 
     def to_yaml(self) -> str:
         """The resolved recipe, every field written out."""

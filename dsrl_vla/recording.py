@@ -24,7 +24,6 @@ Decide = Callable[[dict[str, np.ndarray]], tuple[np.ndarray, dict[str, Any]]]
 """From an observation to the actions (k, A) until the next decision, and what is kept beside each of them."""
 Begin = Callable[[TaskEnv, int], Decide]
 """Who plays the episode of this seed, which has just begun."""
-OnEpisode = Callable[[OfflineEpisode], None]
 
 
 def record(
@@ -32,7 +31,6 @@ def record(
     config: TaskConfig,
     source: NoiseSource,
     seeds: Sequence[int],
-    on_episode: OnEpisode = lambda _: None,
 ) -> Iterator[OfflineEpisode]:
     """Play one episode per seed and task and yield it, with an observation for every step.
 
@@ -57,12 +55,10 @@ def record(
 
     for env in _tasks(config):
         base.check_task(env.info)
-        yield from _played(env, begin, seeds, on_episode)
+        yield from _played(env, begin, seeds)
 
 
-def demonstrate(
-    config: TaskConfig, operator: DemoConfig, seeds: Sequence[int], on_episode: OnEpisode = lambda _: None
-) -> Iterator[OfflineEpisode]:
+def demonstrate(config: TaskConfig, operator: DemoConfig, seeds: Sequence[int]) -> Iterator[OfflineEpisode]:
     """Let an operator play one episode per seed and task and yield it; failures are kept.
 
     Args:
@@ -80,7 +76,7 @@ def demonstrate(
     for env in _tasks(config):
         if not isinstance(env, Demonstrable):
             raise bad("record --demonstrator", "a task with a scripted expert", f"'{env.info.uri}'")
-        yield from _played(env, begin, seeds, on_episode)
+        yield from _played(env, begin, seeds)
 
 
 def _tasks(config: TaskConfig) -> Iterator[TaskEnv]:
@@ -92,7 +88,7 @@ def _tasks(config: TaskConfig) -> Iterator[TaskEnv]:
             yield env
 
 
-def _played(env: TaskEnv, begin: Begin, seeds: Sequence[int], on_episode: OnEpisode) -> Iterator[OfflineEpisode]:
+def _played(env: TaskEnv, begin: Begin, seeds: Sequence[int]) -> Iterator[OfflineEpisode]:
     for seed in seeds:
         observation, _ = env.reset(seed=seed)
         decide, columns = begin(env, seed), {}  # type: ignore[var-annotated]
@@ -110,5 +106,4 @@ def _played(env: TaskEnv, begin: Begin, seeds: Sequence[int], on_episode: OnEpis
                     break
         episode: OfflineEpisode = {key: np.stack(values) for key, values in columns.items()}
         episode |= {"terminated": terminated, PROMPT: env.info.prompt}
-        on_episode(episode)
         yield episode

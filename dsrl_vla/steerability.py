@@ -152,9 +152,10 @@ def _say_what_is_left_out(asked: PreflightConfig, config: PreflightConfig, base:
     }
     for name, words in why.items():
         wanted, measured = getattr(asked, name), getattr(config, name)
-        if wanted != default[name] and (out := [f"{each}" for each in wanted if each not in measured]):
-            instead = ", ".join(str(each) for each in measured)
-            log.warning("%s: %s %s left out; measured: %s", words, name, ", ".join(out), instead)
+        out = [each for each in wanted if each not in measured]
+        if out and wanted != default[name]:
+            told = (", ".join(map(str, each)) for each in (out, measured))
+            log.warning("%s: %s %s left out; measured: %s", words, name, *told)
 
 
 def _headroom(tries: Sequence[Measure]) -> dict[str, Any]:

@@ -15,8 +15,6 @@ from .serving import ServeArgs, load
 if TYPE_CHECKING:
     from ..rollout import TaskConfig
 
-_RESULT, _RECIPE = "eval.json", "recipe.yaml"
-
 
 @dataclass(frozen=True)
 class EvalArgs:
@@ -38,16 +36,17 @@ def run_eval(argv: list[str]) -> int:
     args = tyro.cli(EvalArgs, prog="dsrl-vla eval", args=argv)
     from tqdm import tqdm
 
+    from ..artefact import EVAL
     from ..evaluation import RUN_FACTS, evaluate, evaluation_episodes
     from ..rollout import VectorTask
     from ..run_dir import make_folder, write_json
     from ..tables import print_evaluation
 
     folder, own = _folder(args)
-    target = args.out or folder / _RESULT
+    target = args.out or folder / EVAL
     if target.is_dir():
         raise bad("eval --out", "a JSON file to write", f"a folder, '{target}'")
-    base, head = load(ServeArgs(str(args.run), dtype=args.dtype, device=args.device))
+    base, head = load(ServeArgs(str(folder), dtype=args.dtype, device=args.device))
     config = _task(folder, own)
     make_folder(target.parent)
     before = base.sha256()
@@ -57,12 +56,12 @@ def run_eval(argv: list[str]) -> int:
         tqdm(total=total, unit="episode", desc="evaluation", disable=None) as bar,
     ):
         result = evaluate(base, head, task, args.episodes, args.controls, on_episode=lambda _: bar.update())
-    kept = json.loads((folder / _RESULT).read_text()) if (folder / _RESULT).exists() else {}
+    kept = json.loads((folder / EVAL).read_text()) if (folder / EVAL).exists() else {}
     facts = (*RUN_FACTS, *(["baselines"] if own and kept.get("seeds") == result["seeds"] else []))
     result |= {key: kept[key] for key in facts if key in kept}
     result |= {"base_sha256_before": before, "base_sha256_after": base.sha256()}
     write_json(target, result)
-    if own and target == folder / _RESULT:
+    if own and target == folder / EVAL:
         _draw(folder, result)
     print_evaluation(result)
     print(f"written: {target}")
@@ -71,6 +70,7 @@ def run_eval(argv: list[str]) -> int:
 
 def _folder(args: EvalArgs) -> tuple[Path, bool]:
     """Where the head is, and whether that is a run, whose own evaluation this is to be."""
+    from ..artefact import RECIPE
     from ..head_config import CONFIG
     from ..hub import SHELF, fetch
 
@@ -79,7 +79,7 @@ def _folder(args: EvalArgs) -> tuple[Path, bool]:
         if args.out is None or args.out.resolve().parent == folder.resolve():
             raise bad("eval --out", "a file outside the head's folder, whose eval.json is its author's", args.out)
         return folder, False
-    if not (folder / _RECIPE).exists():
+    if not (folder / RECIPE).exists():
         wanted = "a run's directory, a head's folder (dsrl-vla pull fetches one) or shipped:<recipe>"
         raise bad(f"{args.run}", wanted, "none of these")
     return folder, True
@@ -87,13 +87,13 @@ def _folder(args: EvalArgs) -> tuple[Path, bool]:
 
 def _task(folder: Path, own: bool) -> TaskConfig:
     """What the recipe says of the task; a head's, of which only this section is looked at, must be the head's own."""
-    from ..artefact import held
+    from ..artefact import RECIPE, held
     from ..recipe import load_recipe, task_beside
 
     if own:
-        return load_recipe(folder / _RECIPE).task
-    if _RECIPE not in held(folder):
-        raise bad(str(folder), f"a head with the {_RECIPE} of its run, which says the task", "one without")
+        return load_recipe(folder / RECIPE).task
+    if RECIPE not in held(folder):
+        raise bad(str(folder), f"a head with the {RECIPE} of its run, which says the task", "one without")
     return task_beside(folder)
 
 

@@ -13,6 +13,9 @@ from ..measures import shown
 from .options import parse, read_recipe
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from ..offline import OfflineEpisode
     from ..policy import FrozenPolicy
     from ..recipe import Recipe
     from ..sources import NoiseSource
@@ -163,6 +166,18 @@ def _new(out: Path) -> Path:
     return out
 
 
+def _played(args: RecordArgs, recipe: Recipe, numbers: list[int]) -> Iterator[OfflineEpisode]:
+    """The episodes of these numbers, by whom the arguments name."""
+    from ..nano.demos import DemoConfig
+    from ..recording import demonstrate, record
+
+    if args.demonstrator:
+        operator = DemoConfig() if args.demonstrator == "operator" else DemoConfig(offset_share=0.0)
+        return demonstrate(recipe.task, operator, numbers)
+    base = recipe.base.load()
+    return record(base, recipe.task, _source(args, recipe, base), numbers)
+
+
 def _source(args: RecordArgs, recipe: Recipe, base: FrozenPolicy) -> NoiseSource:
     """Who picks the noise of recorded episodes."""
     from ..pairing import check_pair
@@ -186,9 +201,7 @@ def run_record(argv: list[str]) -> int:
     from tqdm import tqdm
 
     from .. import seeds
-    from ..nano.demos import DemoConfig
     from ..offline_sources import write_npz
-    from ..recording import demonstrate, record
     from ..run_dir import make_folder
 
     if args.out.suffix != ".npz" or args.out.exists():
@@ -200,23 +213,18 @@ def run_record(argv: list[str]) -> int:
         raise bad("record", "one of --noise, --run and --demonstrator", " and ".join(told))
     make_folder(args.out.parent)
     numbers = seeds.block(seeds.RECORDING + args.skip, args.episodes)
-    with tqdm(total=args.episodes * len(recipe.task.uris), unit="episode", desc="recording", disable=None) as bar:
-        kept: list[Any] = []
-        tick = lambda _: bar.update()
+    episodes, total = _played(args, recipe, numbers), args.episodes * len(recipe.task.uris)
+    kept: list[OfflineEpisode] = []
+    with tqdm(episodes, total=total, unit="episode", desc="recording", disable=None) as bar:
         try:
-            if args.demonstrator:
-                operator = DemoConfig() if args.demonstrator == "operator" else DemoConfig(offset_share=0.0)
-                kept.extend(demonstrate(recipe.task, operator, numbers, tick))
-            else:
-                base = recipe.base.load()
-                kept.extend(record(base, recipe.task, _source(args, recipe, base), numbers, tick))
+            kept.extend(bar)
         except KeyboardInterrupt:  # what has been played is worth keeping
             if not kept:
                 raise
     write_npz(args.out, kept)
     won = sum(bool(episode["success"].max()) for episode in kept)
     print(f"{len(kept)} episodes, {won} successful; written: {args.out}")
-    if len(kept) == args.episodes * len(recipe.task.uris):
+    if len(kept) == total:
         return 0
     if len(recipe.task.uris) == 1:
         print(f"interrupted; others than these: --skip {args.skip + len(kept)}")

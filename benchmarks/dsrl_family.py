@@ -4,7 +4,8 @@
 
 Every variant uses the shipped recipe of its task. Offline data are recorded episodes of the base, its noise drawn in
 the recipe's layout: 50 before learning online, drawn at every decision; 400 to learn from alone, drawn once per
-episode. Runs are kept under runs/family/, and neither they nor those that the results file already holds with the
+episode. `demonstrations` starts from 50 of the task's scripted expert instead, whose noise is looked for and imitated; by
+the recipe's own algorithm, for 15,000 steps at most; `demonstrations-alone` takes none. Runs are kept under runs/family/, and neither they nor those that the results file already holds with the
 present recipes are repeated; what steer_metaworld.py has run, with the shipped algorithm, is taken over from there.
 ogbench-cube-2, which is not among the default tasks, needs its base first: `dsrl-vla pretrain nano-ogbench-cube --out
 bases/ogbench-cube`. Writes benchmarks/results/dsrl_family.json, and prints the table.
@@ -35,13 +36,28 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "na-exact": {"algorithm": "na-exact"},
     "offline-to-online": NA | {"offline": {"updates": 2000, "stride": 2}, "train": {"learning_starts": 1}},
     "offline": NA | {"offline": {"updates": 6000, "stride": 2}, "train": {"env_steps": 0}},
+    "demonstrations": {
+        "sac": {"imitate": 1.0},
+        "offline": {"updates": 2000, "stride": 2},
+        "train": {"learning_starts": 1, "env_steps": 15000},
+    },
+    "demonstrations-alone": {
+        "sac": {"imitate": 1.0},
+        "offline": {"updates": 2000, "stride": 2},
+        "train": {"env_steps": 0},
+    },
     "ticket": {},
 }
 DISCOUNT = {"pick-place": 0.98, "push": 0.98}
 """Of what goes online from offline data, on the tasks where DSRL-NA levels off below 0.9 at the recipe's 0.99; as
 `na-0.98` DSRL-NA is run with it by itself too."""
-RECORDED = {"offline-to-online": ("layout", 50), "offline": ("held", 400)}
-"""Offline episodes of a variant: what `record --noise` is told, and how many."""
+RECORDED = {
+    "offline-to-online": ("layout", 50),
+    "offline": ("held", 400),
+    "demonstrations": ("expert", 50),
+    "demonstrations-alone": ("expert", 50),
+}
+"""Offline episodes of a variant: what `record --noise` (or `--demonstrator`) is told, and how many."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +65,7 @@ class Args:
     """What to run."""
 
     tasks: tuple[str, ...] = ("drawer-open", "pick-place", "sweep-into", "push", "peg-insert-side")
-    variants: tuple[str, ...] = tuple(v for v in VARIANTS if v != "na-0.98")
+    variants: tuple[str, ...] = tuple(v for v in VARIANTS if v not in ("na-0.98", "demonstrations-alone"))
     seeds: tuple[int, ...] = (0, 1, 2)
     workers: int = 2
     report_only: bool = False
@@ -226,7 +242,10 @@ def collect(args: Args) -> dict[str, Any]:
     return found
 
 
-COLUMNS = ("sac", "na", "na-0.98", "na-exact", "offline-to-online", "offline", "ticket", "best-of-k")
+COLUMNS = (
+    *("sac", "na", "na-0.98", "na-exact", "offline-to-online", "offline", "demonstrations", "demonstrations-alone"),
+    *("ticket", "best-of-k"),
+)
 
 
 def successes(variants: dict[str, Any], column: str) -> list[float]:

@@ -150,13 +150,18 @@ def base_measures(path: Path, recipe: Recipe) -> dict[str, Measure]:
     return {name: Measure(tuple(Episode(**e) for e in m)) for name, m in kept["measures"].items()}
 
 
-def recorded(recipe: str, noise: str, episodes: int, out: Path) -> None:
-    """Record offline episodes of a shipped recipe's base, unless they are there, of that base, task and layout."""
+def recorded(recipe: str, by: str, episodes: int, out: Path) -> None:
+    """Record offline episodes for a shipped recipe, unless they are there, of its base, task and layout.
+
+    Args:
+        by: what the base's noise is, as `record --noise` takes it; or who demonstrates, as `--demonstrator` does.
+    """
     shipped, told = load_recipe(recipe), out.with_suffix(".of.json")
-    of = _decisive(shipped, shipped.base.load()) | {"noise": noise, "episodes": episodes}
+    of = _decisive(shipped, shipped.base.load()) | {"noise": by, "episodes": episodes}
     if out.exists() and read(told) == of:
         return
     out.unlink(missing_ok=True)
-    if status := command(["record", recipe, "--noise", noise, "--episodes", str(episodes), "--out", str(out)]):
+    how = "--demonstrator" if by in ("expert", "operator") else "--noise"
+    if status := command(["record", recipe, how, by, "--episodes", str(episodes), "--out", str(out)]):
         raise SystemExit(status)
     told.write_text(json.dumps(of) + "\n")

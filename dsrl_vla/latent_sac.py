@@ -25,7 +25,7 @@ from .draws import Source
 from .errors import at_least, bad
 from .flat import Flat
 from .head import SteeringHead
-from .noise_bank import Keeper
+from .noise_bank import REACH, Keeper
 from .recorded import Recorded
 from .replay import Batch, Held
 
@@ -68,19 +68,23 @@ class SACConfig:
     """Noise on the states of every minibatch, in standard deviations of the state. A state alone tells which of few
     episodes it is from, and so how that ended: with some noise a critic has to look at what was done instead."""
 
+    imitate: float = 0.0
+    """How much the actor loses, in units of the value, for squared distance from the noise that comes nearest to what
+    a demonstration, or a person who took over, did (`dsrl_vla.inversion`). 0 does not look for that noise."""
+
     def __post_init__(self) -> None:
         if not 0 < self.gamma < 1:
             raise bad("sac.gamma", "above 0 and below 1", self.gamma)
         if not 0 < self.tau <= 1:
             raise bad("sac.tau", "above 0 and at most 1", self.tau)
-        at_least(0, self, "sac", "jitter")
+        at_least(0, self, "sac", "jitter", "imitate")
         if not 0 <= self.actor_average < 1:
             raise bad("sac.actor_average", "0 or more and below 1", self.actor_average)
         at_least(1, self, "sac", "batch", "n_step")
         for name in ("reward_scale", "actor_lr", "critic_lr", "alpha_lr", "alpha_init", "max_grad_norm"):
             if not getattr(self, name) > 0:
                 raise bad(f"sac.{name}", "above 0", getattr(self, name))
-        for name in ("reward_offset", "reward_scale", "actor_lr", "critic_lr", "alpha_lr", "alpha_init"):
+        for name in ("reward_offset", "reward_scale", "actor_lr", "critic_lr", "alpha_lr", "alpha_init", "imitate"):
             if not math.isfinite(getattr(self, name)):
                 raise bad(f"sac.{name}", "a finite number", getattr(self, name))
         if not -math.inf < self.target_entropy < math.log(2):  # at more, alpha grows without end
@@ -142,6 +146,16 @@ def actor_loss(
     return loss, {"actor_loss": loss.detach(), "entropy": entropy, "latent_abs": latent.detach().abs().mean()}
 
 
+def imitation_loss(head: SteeringHead, batch: Batch) -> tuple[torch.Tensor, Info]:
+    """E[reach |mode pi(s) - u|^2 / (n d)], u the noise that was found for what somebody else did there.
+
+    Behaviour cloning in the space of noise; how near that noise comes to what was done is its weight.
+    """
+    mode = head.distribution(batch.inputs)[0].tanh()
+    loss = (batch.extras[REACH] * (mode - batch.latent).square().flatten(1).mean(1)).mean()
+    return loss, {"imitation_loss": loss.detach()}
+
+
 def alpha_loss(log_alpha: torch.Tensor, entropy: torch.Tensor, target_entropy: float) -> tuple[torch.Tensor, Info]:
     """alpha (H - H_target), in nats per dimension."""
     loss = log_alpha.exp() * (entropy - target_entropy)
@@ -195,7 +209,7 @@ class LatentSAC:
 
     def keeper(self) -> Keeper:
         """What has to be kept of a decision: nothing but noise, reward and observations."""
-        return Keeper()
+        return Keeper(inverts=self.config.imitate > 0)
 
     def fit_normaliser(self, replay: Held) -> None:
         """Fit head's and critics' observation statistics on warm-up data."""
@@ -248,6 +262,9 @@ class LatentSAC:
             loss, info = actor_loss(self.critic, self.head, alpha, batch, self.draws)
         finally:
             self.critic.requires_grad_(True)
+        if self.config.imitate:
+            apart, more = imitation_loss(self.head, batch)
+            loss, info = loss + self.config.imitate * apart, info | more
         self._step("head", loss)
         return info
 

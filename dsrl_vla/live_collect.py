@@ -183,13 +183,13 @@ class EpisodeCollector(Collector):
     def _label(self, observation: Observations, result: ChunkResult | None, streams: list) -> _Chosen:
         """The same for a decision of a person's, or for an episode's last observation (no result)."""
         encoding = self.base.encode(observation)
-        inputs, extras = self.head.read(observation, encoding), {}
+        inputs, extras = self.head.read(observation, encoding), Extras()
+        latent = torch.zeros(1, *self.head.layout.latent_shape)
         if result is not None and self.keeper.learns_from_actions:
             assert result.executed is not None
-            chunk = torch.from_numpy(result.executed)
-            extras = self.keeper.label(self.base, encoding, self.head, inputs, chunk, streams)
-        blank = torch.zeros(1, *self.head.layout.latent_shape)
-        return _Chosen(inputs, self.keeper.observed(self.base, encoding), extras, blank)
+            done = torch.from_numpy(result.executed), torch.from_numpy(result.steps)
+            latent, extras = self.keeper.label(self.base, encoding, self.head, inputs, *done, streams)
+        return _Chosen(inputs, self.keeper.observed(self.base, encoding), extras, latent)
 
     def _record(self, played: _Played) -> EpisodeRecord:
         """Label what a person did, and put the episode into one record."""

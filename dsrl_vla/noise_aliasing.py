@@ -107,7 +107,7 @@ class NoiseAliasing(LatentSAC):
 
     def keeper(self) -> Keeper:
         """What has to be kept of a decision."""
-        return BankKeeper(self.na.bank)
+        return BankKeeper(self.na.bank, inverts=self.config.imitate > 0)
 
     def snapshot(self, head: SteeringHead) -> Callable[[Path], None]:
         """As `LatentSAC.snapshot`; with the head goes Q^A (``action_critic.safetensors``)."""
@@ -170,7 +170,7 @@ class ExactNoiseAliasing(NoiseAliasing):
 
     def keeper(self) -> Keeper:
         """What has to be kept of a decision."""
-        return PrefixKeeper()
+        return PrefixKeeper(inverts=self.config.imitate > 0)
 
     def _update_critics(self, batch: Batch, alpha: torch.Tensor) -> Info:
         info = super()._update_critics(batch, alpha)

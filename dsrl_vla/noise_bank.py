@@ -7,23 +7,31 @@ for it anyway, are true for ever. For a real π0 eight of them are some 50 kB; i
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 
 from .errors import bad
 from .head import HeadInputs, SteeringHead
+from .inversion import invert
 from .policy import Encoding, FrozenPolicy
 from .replay import Extras
 
 ACTION, BANK_LATENT, BANK_ACTION, PREFIX = "action", "bank_latent", "bank_action", "prefix."
+REACH = "reach"
+"""How near the noise found for an action comes to it, (B,) from 0 to 1; 0 where there is nothing to imitate."""
 
 
+@dataclass(frozen=True, kw_only=True)
 class Keeper:
     """Runs the sampler for a decision, and says what the replay is to keep beside its observation."""
 
-    learns_from_actions: ClassVar[bool] = False
-    """Whether decisions whose noise nobody knows are of use (`label`)."""
+    inverts: bool = False
+    """Whether it looks for the noise behind actions that were not taken by noise (`dsrl_vla.inversion`)."""
+
+    @property
+    def learns_from_actions(self) -> bool:
+        """Whether decisions whose noise nobody knows are of use (`label`)."""
+        return self.inverts
 
     def observed(self, base: FrozenPolicy, encoding: Encoding) -> Extras:
         """What to keep of every observation, an episode's last one included."""
@@ -40,7 +48,7 @@ class Keeper:
     ) -> tuple[torch.Tensor, Extras]:
         """Chosen latents (B, n, d) to the chunks to execute (B, k, A), and what to keep of the decision."""
         noise = head.layout.expand(latent).unsqueeze(1)
-        return base.denoise(encoding, noise)[:, 0, : base.spec.executed_steps], {}
+        return base.denoise(encoding, noise)[:, 0, : base.spec.executed_steps], self._own(len(latent))
 
     def label(
         self,
@@ -49,16 +57,28 @@ class Keeper:
         head: SteeringHead,
         inputs: HeadInputs,
         chunk: torch.Tensor,
+        steps: torch.Tensor,
         generators: list[torch.Generator],
-    ) -> Extras:
-        """What to keep of decisions whose noise nobody knows; `chunk` (B, k, A) is what was executed.
+    ) -> tuple[torch.Tensor, Extras]:
+        """Latents (B, n, d) of decisions whose noise nobody knows, blank unless it looks for them, and what to keep.
+
+        Args:
+            chunk: (B, k, A), of which the first `steps`, int64 (B,), were executed.
 
         Raises:
-            DsrlError: this algorithm learns from noise.
+            DsrlError: this algorithm learns from noise, and does not look for it.
         """
-        raise bad(
-            "algorithm", "na or na-exact, which learn from actions, with offline data", "'sac', which needs noise"
-        )
+        if not self.learns_from_actions:
+            expected = "na or na-exact, which learn from actions, or sac.imitate above 0, with offline data"
+            raise bad("algorithm", expected, "'sac', which needs noise")
+        if not self.inverts:
+            return torch.zeros(len(chunk), *head.layout.latent_shape), {}
+        found = invert(base, encoding, head.layout, chunk, steps, generators)
+        return found.latent, {REACH: found.reach}
+
+    def _own(self, batch: int) -> Extras:
+        """What goes with decisions taken by noise, so that all have the same."""
+        return {REACH: torch.zeros(batch)} if self.inverts else {}
 
 
 @dataclass(frozen=True)
@@ -77,11 +97,27 @@ class BankConfig:
             raise bad("na.bank.actor_share", "from 0 to 1", self.actor_share)
 
 
+@dataclass(frozen=True, kw_only=True)
+class ActionKeeper(Keeper):
+    """Keeps the executed chunk."""
+
+    @property
+    def learns_from_actions(self) -> bool:
+        return True
+
+    def denoise(self, base, encoding, head, inputs, latent, generators):
+        chunk, extras = super().denoise(base, encoding, head, inputs, latent, generators)
+        return chunk, extras | {ACTION: chunk}
+
+    def label(self, base, encoding, head, inputs, chunk, steps, generators):
+        latent, extras = super().label(base, encoding, head, inputs, chunk, steps, generators)
+        return latent, extras | {ACTION: chunk}
+
+
 @dataclass(frozen=True)
-class BankKeeper(Keeper):
+class BankKeeper(ActionKeeper):
     """Keeps the executed chunk, and a bank whose first pair is the executed one."""
 
-    learns_from_actions: ClassVar[bool] = True
     config: BankConfig
 
     def draw(self, head: SteeringHead, inputs: HeadInputs, generators: list[torch.Generator]) -> torch.Tensor:
@@ -96,25 +132,19 @@ class BankKeeper(Keeper):
     def denoise(self, base, encoding, head, inputs, latent, generators):
         latents = torch.cat([latent.unsqueeze(1), self.draw(head, inputs, generators)], 1)
         chunks = base.denoise(encoding, head.layout.expand(latents))[:, :, : base.spec.executed_steps]
-        return chunks[:, 0], {ACTION: chunks[:, 0], BANK_LATENT: latents, BANK_ACTION: chunks}
+        bank = {ACTION: chunks[:, 0], BANK_LATENT: latents, BANK_ACTION: chunks}
+        return chunks[:, 0], bank | self._own(len(latent))
 
-    def label(self, base, encoding, head, inputs, chunk, generators):
-        latents = torch.cat([head.layout.sample(generators), self.draw(head, inputs, generators)], 1)
+    def label(self, base, encoding, head, inputs, chunk, steps, generators):
+        latent, extras = super().label(base, encoding, head, inputs, chunk, steps, generators)
+        first = latent.unsqueeze(1) if self.inverts else head.layout.sample(generators)
+        latents = torch.cat([first, self.draw(head, inputs, generators)], 1)
         chunks = base.denoise(encoding, head.layout.expand(latents))[:, :, : base.spec.executed_steps]
-        return {ACTION: chunk, BANK_LATENT: latents, BANK_ACTION: chunks}
+        return latent, extras | {BANK_LATENT: latents, BANK_ACTION: chunks}
 
 
-class PrefixKeeper(Keeper):
+class PrefixKeeper(ActionKeeper):
     """Keeps the executed chunk and the whole prefix, for updates that denoise."""
-
-    learns_from_actions: ClassVar[bool] = True
 
     def observed(self, base, encoding):
         return {PREFIX + name: tensor.cpu() for name, tensor in base.pack(encoding).items()}
-
-    def denoise(self, base, encoding, head, inputs, latent, generators):
-        chunk, _ = super().denoise(base, encoding, head, inputs, latent, generators)
-        return chunk, {ACTION: chunk}
-
-    def label(self, base, encoding, head, inputs, chunk, generators):
-        return {ACTION: chunk}

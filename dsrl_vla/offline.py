@@ -1,7 +1,9 @@
 """Data without noise: demonstrations, teleoperation, another policy's rollouts.
 
-Nobody knows which noise, if any, would have produced their actions, so DSRL-SAC cannot use them. DSRL-NA can:
-Q^A learns from actions, and the base is asked once per decision for a noise bank to distil it over.
+Nobody knows which noise, if any, would have produced their actions. DSRL-NA needs none: Q^A learns from actions, and
+the base is asked once per decision for a noise bank to distil it over. With ``sac.imitate`` the noise that comes
+nearest to them is looked for (`dsrl_vla.inversion`): DSRL-SAC can learn from it too, and the actor imitates it where
+the episode is not known to have failed.
 
 An episode is a mapping of arrays, one row per environment step: ``observation.state`` (T, S),
 ``observation.images.<camera>`` uint8 (T, H, W, 3), ``action`` float32 (T, A) in environment units, ``reward``
@@ -24,7 +26,7 @@ from .errors import bad
 from .head import HeadInputs, SteeringHead
 from .latent_sac import SACConfig
 from .n_step import Decision, NStepWindows
-from .noise_bank import ACTION, Keeper
+from .noise_bank import ACTION, REACH, Keeper
 from .observation import IMAGE_PREFIX, PROMPT, STATE, Observations
 from .policy import FrozenPolicy
 from .replay import Batch, Replay
@@ -37,7 +39,7 @@ _AT_A_TIME = 64  # decisions that the base is asked for: an episode may be long,
 
 @dataclass(frozen=True)
 class OfflineConfig:
-    """Offline data of a run; needs algorithm na or na-exact."""
+    """Offline data of a run; needs algorithm na or na-exact, or ``sac.imitate``."""
 
     source: str = ""
     """An .npz file, a Robomimic .hdf5 file, a folder of a Hugging Face dataset or a LeRobotDataset; empty for none."""
@@ -151,6 +153,8 @@ class OfflineLoader:
     ):
         self.base, self.head, self.keeper, self.sac, self.config = base, head, keeper, sac, config
         self.rewards = rewards
+        self.reach: list[float] = []
+        """Of every decision, where noise was looked for: how near it comes, from 0 to 1."""
         self.stride = config.stride or base.spec.executed_steps
         if self.stride > base.spec.executed_steps:
             most = f"at most the {base.spec.executed_steps} steps that '{base.spec.uri}' executes of a chunk"
@@ -174,12 +178,12 @@ class OfflineLoader:
         k = self.base.spec.executed_steps
         starts = np.arange(first, length, k)
         chunk, reward, steps = self._chunks(episode, starts, length)
-        numbers = np.zeros(len(starts), dtype=np.int64)
+        numbers, latent = np.zeros(len(starts), dtype=np.int64), torch.zeros(len(starts), *replay.latent.shape[1:])
         for at in range(0, len(starts), _AT_A_TIME):
             some = slice(at, at + _AT_A_TIME)
-            numbers[some] = self._observe(replay, episode, starts[some], chunk[some], number)
+            done = chunk[some], torch.from_numpy(steps[some])
+            numbers[some], latent[some] = self._observe(replay, episode, starts[some], done, number)
         windows = NStepWindows(self.sac.n_step, 1, replay.add)
-        blank = torch.zeros(self.head.layout.latent_shape)
         over = bool(episode["terminated"]) or self.sac.timeouts == "terminal"
         for i in range(len(starts)):
             windows.observed(np.array([0]), numbers[i : i + 1])
@@ -188,21 +192,29 @@ class OfflineLoader:
                 windows.truncated(0, int(numbers[i]))
                 return
             discount = 0.0 if last else float(self.sac.chunk_discount(steps[i]))
-            windows.push(0, Decision(int(numbers[i]), blank, float(reward[i]), discount))
+            windows.push(0, Decision(int(numbers[i]), latent[i], float(reward[i]), discount))
         windows.terminated(0)
 
     def _observe(
-        self, replay: Replay, episode: OfflineEpisode, starts: np.ndarray, chunk: torch.Tensor, number: int
-    ) -> np.ndarray:
-        """Store what there was to see at these steps, with what is kept of each; return their numbers."""
+        self,
+        replay: Replay,
+        episode: OfflineEpisode,
+        starts: np.ndarray,
+        done: tuple[torch.Tensor, torch.Tensor],
+        number: int,
+    ) -> tuple[np.ndarray, torch.Tensor]:
+        """Store what there was to see at these steps, with what is kept of each; return their numbers, and latents."""
         observations = _rows(episode, starts)
         encoding = self.base.encode(observations)
         inputs = self.head.read(observations, encoding)
         numbers = replay.observe(inputs)
         streams = [episode_generators([number], int(start))[0] for start in starts]
-        extras = self.keeper.observed(self.base, encoding)
-        replay.attach(numbers, extras | self.keeper.label(self.base, encoding, self.head, inputs, chunk, streams))
-        return numbers
+        latent, extras = self.keeper.label(self.base, encoding, self.head, inputs, *done, streams)
+        if REACH in extras:
+            self.reach += extras[REACH].tolist()
+            extras[REACH] *= not _failed(episode)
+        replay.attach(numbers, extras | self.keeper.observed(self.base, encoding))
+        return numbers, latent
 
     def _chunks(
         self, episode: OfflineEpisode, starts: np.ndarray, length: int
@@ -213,6 +225,11 @@ class OfflineLoader:
         index = np.minimum(starts[:, None] + np.arange(k), length - 1)
         action = torch.from_numpy(np.asarray(episode["action"], dtype=np.float32)[index])
         return action, self.sac.chunk_reward(np.asarray(episode["reward"], dtype=np.float64)[index], steps), steps
+
+
+def _failed(episode: OfflineEpisode) -> bool:
+    """Whether an episode is known not to have succeeded: what was done in it is not for imitation."""
+    return "success" in episode and not np.max(episode["success"])
 
 
 def _rows(episode: OfflineEpisode, rows: np.ndarray) -> Observations:
@@ -253,8 +270,9 @@ class MixedReplay:
         """Of the offline transitions, which never change; of what came from the data, and not from the base, whose
         numbers another machine may round otherwise."""
         held = self.offline.tensors()
-        own = ("latent", "reward", "discount", "index", "inputs.state", f"extras.{ACTION}")
-        return digest({name: held[name] for name in own if name in held})
+        own = ("reward", "discount", "index", "inputs.state", f"extras.{ACTION}")
+        blank = {} if f"extras.{REACH}" in held else {"latent": held["latent"]}
+        return digest(blank | {name: held[name] for name in own if name in held})
 
     def observations(self) -> HeadInputs:
         """As `Replay.observations`, both stores after one another."""

@@ -38,6 +38,8 @@ from .replay import Replay
 from .run_dir import replacing
 
 log = logging.getLogger(__name__)
+_NEAR = 0.2
+"""Mean reach of recorded actions below which there is little to imitate."""
 _SHIPPED = {"sparse_success": sparse_success, "demonstrations": demonstrations}
 _SCALARS = ("reward", "success", "human", "decision", "next.terminated")
 OBS_IMAGE = "observation.image"  # LeRobot's name of an only camera
@@ -73,6 +75,12 @@ def fill(replay: Replay, loader: OfflineLoader) -> None:
         chunk = loader.base.spec.executed_steps
         wanted = f"an episode that terminated, or one of more than the {chunk} steps of a chunk"
         raise bad(f"offline.source {', '.join(loader.config.sources)}", wanted, "none, so nothing to learn from")
+    if loader.reach and (reach := sum(loader.reach) / len(loader.reach)) < _NEAR:
+        words = (
+            "offline data: the noise found for recorded actions comes hardly nearer to them than random noise does "
+            "(reach %.2f of 1): the base does not act like that, or noise.bound or noise.layout keeps it from it."
+        )
+        log.warning(words, reach)
     if replay.added > replay.capacity:
         words = (
             "offline data: train.replay_capacity has room for the last %d of %d decisions; the others are left out."

@@ -4,9 +4,10 @@
 
 Every variant uses the shipped recipe of its task. Offline data are recorded episodes of the base, its noise drawn in
 the recipe's layout: 50 before learning online, drawn at every decision; 400 to learn from alone, drawn once per
-episode. `demonstrations` starts from 50 of the task's scripted expert instead, whose noise is looked for and imitated; by
-the recipe's own algorithm, for 15,000 steps at most; `demonstrations-alone` takes none. Runs are kept under runs/family/, and neither they nor those that the results file already holds with the
-present recipes are repeated; what steer_metaworld.py has run, with the shipped algorithm, is taken over from there.
+episode. `demonstrations` starts from 50 of the task's scripted expert instead and imitates the noise found behind
+them, by the recipe's own algorithm, for 15,000 steps at most; `demonstrations-alone` takes none. Runs are kept under
+runs/family/, and neither they nor those that the results file already holds with the present recipes are repeated;
+what steer_metaworld.py has run, with the shipped algorithm, is taken over from there.
 ogbench-cube-2, which is not among the default tasks, needs its base first: `dsrl-vla pretrain nano-ogbench-cube --out
 bases/ogbench-cube`. Writes benchmarks/results/dsrl_family.json, and prints the table.
 """

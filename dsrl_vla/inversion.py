@@ -2,8 +2,9 @@
 
 A demonstration, a correction or another policy's rollout has actions and no noise. A base that can act like that does
 so from *some* noise within a head's reach. It is found by damped Gauss-Newton steps (Levenberg 1944, Marquardt 1963)
-on the distance between f(s, u) and the recorded chunk, with a Jacobian by differences. All noises of an iteration share
-one prefix, and nothing is asked of the base but `denoise`: bases behind a socket are inverted like those in process.
+on the distance between f(s, u) and the recorded chunk, with a Jacobian by differences. All noises of an iteration
+share one prefix, and nothing is asked of the base but `denoise`: bases behind a socket are inverted like those in
+process.
 """
 
 from __future__ import annotations
@@ -21,8 +22,8 @@ _ITERATIONS = 4
 _STEP = 0.1
 """Of the differences, in the latent's box: far above what a base in bf16 rounds off."""
 _DAMPINGS = (1e-3, 1e-2, 1e-1, 1.0)
-_AT_ONCE = 32
-"""Noises denoised behind a prefix at a time."""
+_AT_ONCE = 8
+"""Noises denoised behind a prefix at a time, as many as a bank has: there may be hundreds, and little memory."""
 
 
 @dataclass(frozen=True)

@@ -35,7 +35,7 @@ _MARGIN, _LEAST = 1.5, 5.0  # of the furthest deviation seen in training, which 
 
 def finite(rows: torch.Tensor) -> torch.Tensor:
     """Which rows of a tensor (B, …) hold neither NaN nor infinity, bool (B,)."""
-    return torch.isfinite(rows).flatten(1).all(1)
+    return torch.isfinite(rows).unsqueeze(-1).flatten(1).all(1)
 
 
 @dataclass(frozen=True)

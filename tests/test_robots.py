@@ -657,7 +657,7 @@ def robot_run(fork_folder, path, **train):
     }
 
 
-def collector(base, tmp_path, script, algorithm="na", n_step=2, limit=12, timeouts="bootstrap", **more):
+def collector(base, tmp_path, script, algorithm="na", n_step=2, limit=12, timeouts="bootstrap", imitate=0.0, **more):
     """An episode collector on a scripted robot."""
     from dsrl_vla.critic import CriticConfig
     from dsrl_vla.head import HeadConfig, SteeringHead
@@ -674,7 +674,7 @@ def collector(base, tmp_path, script, algorithm="na", n_step=2, limit=12, timeou
     torch.manual_seed(0)
     small = NetworkConfig(width=16, layers=1)
     head = SteeringHead(HeadConfig.for_base(base.spec, NoiseLayout(base.spec.noise, "repeat", 1.5, "live"), small))
-    sac = SACConfig(n_step=n_step, gamma=0.9, reward_offset=0.0, timeouts=timeouts)
+    sac = SACConfig(n_step=n_step, gamma=0.9, reward_offset=0.0, timeouts=timeouts, imitate=imitate)
     learner = build_learner(algorithm, base, head, CriticConfig(network=small), sac, NAConfig(), (-10, 0), 0)
     path = write_file(tmp_path, script, **more)
     task = VectorTask(TaskConfig(f"robot:{path}", limit, num_envs=1), base.spec.executed_steps)
@@ -710,6 +710,20 @@ def test_sac_learns_from_the_policys_part_alone(fork_base, tmp_path):
     assert replay.index[: len(replay)].tolist() == [[0, 2], [1, 2]]
     assert made.human_steps == 7 and made.journal.numbers() == [0]
     assert made.decisions == 2  # those that updates are owed, and that count as random ones
+
+
+@pytest.mark.parametrize("algorithm", ["sac", "na"])
+def test_the_noise_behind_a_persons_actions_is_found_and_imitated(fork_base, tmp_path, algorithm):
+    made, replay = collector(fork_base, tmp_path, [(0, 6, "take-over")], algorithm=algorithm, imitate=1.0)
+    with made.task:
+        made.step(warm_up=False)
+    human = made.journal.read(0).decisions["human"]
+    assert human.tolist() == [False, False, True, True] and made.decisions == 4
+    assert replay.index[: len(replay)].tolist() == [[0, 2], [1, 2], [2, 4], [3, 4]]
+    reach = replay.extras["reach"][:4]
+    assert (reach[:2] == 0).all() and (reach[2:] > 0).all()
+    assert (replay.latent[2:4].abs().sum((1, 2)) > 0).all()
+    assert made.journal.read(0).noise[human].isnan().all()  # nobody drew it
 
 
 def test_an_episode_waits_until_the_disk_takes_it(fork_base, tmp_path, monkeypatch, caplog):

@@ -1,0 +1,221 @@
+"""Noise inversion: what a base could have done is found again, and what was done with noise found is learnt from."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from dsrl_vla import SteeringHead, load_base, load_recipe, train
+from dsrl_vla.cli import main
+from dsrl_vla.errors import DsrlError
+from dsrl_vla.head import HeadConfig
+from dsrl_vla.inversion import invert
+from dsrl_vla.latent_sac import SACConfig, imitation_loss
+from dsrl_vla.networks import NetworkConfig
+from dsrl_vla.noise import NoiseLayout, generators
+from dsrl_vla.noise_bank import ACTION, BANK_ACTION, BANK_LATENT, REACH, BankConfig, BankKeeper, Keeper, PrefixKeeper
+from dsrl_vla.observation import batch
+from dsrl_vla.offline import OfflineConfig, OfflineLoader
+from dsrl_vla.offline_sources import fill, read_episodes, write_npz
+from dsrl_vla.recording import record
+from dsrl_vla.replay import Batch, Replay
+from dsrl_vla.rollout import TaskConfig
+from dsrl_vla.sources import PriorNoise
+
+FORK = TaskConfig("point:fork", 40, 1)
+
+
+def asked(base, observation, layout, rows=4):
+    """An encoding of so many observations, and latents with the chunks they lead to."""
+    encoding = base.encode(batch([observation(base, i) for i in range(rows)]))
+    n, d = layout.latent_shape
+    latent = torch.rand((rows, n, d), generator=torch.Generator().manual_seed(1)) * 1.6 - 0.8
+    return encoding, latent, denoised(base, encoding, layout, latent)
+
+
+def denoised(base, encoding, layout, latent):
+    return base.denoise(encoding, layout.expand(latent).unsqueeze(1))[:, 0, : base.spec.executed_steps]
+
+
+def whole(base, rows=4):
+    return torch.full((rows,), base.spec.executed_steps)
+
+
+@pytest.mark.parametrize("name", ["repeat", "chunk"])
+def test_the_noise_behind_an_action_of_the_bases_own_is_found(nano, observation, name):
+    layout = NoiseLayout(nano.spec.noise, name, 1.5)
+    encoding, latent, chunk = asked(nano, observation, layout)
+    found = invert(nano, encoding, layout, chunk, whole(nano), generators(range(4)))
+    assert found.latent.shape == latent.shape and found.latent.abs().max() <= 1
+    assert found.reach.min() > 0.97
+    draws = layout.sample(generators(range(4)), 8)
+    random = nano.denoise(encoding, layout.expand(draws))[:, :, : nano.spec.executed_steps]
+    off = (denoised(nano, encoding, layout, found.latent) - chunk).square().mean((1, 2))
+    assert (off < 0.05 * (random - chunk[:, None]).square().mean((1, 2, 3))).all()
+
+
+def test_a_base_in_bfloat16_is_inverted_too(nano, observation):
+    base, layout = load_base("nano:", dtype="bfloat16"), NoiseLayout(nano.spec.noise, "repeat", 1.5)
+    encoding, _, chunk = asked(base, observation, layout)
+    assert invert(base, encoding, layout, chunk, whole(base), generators(range(4))).reach.min() > 0.9
+
+
+def test_it_is_the_same_whoever_else_is_in_the_batch(nano, observation):
+    layout = NoiseLayout(nano.spec.noise, "repeat", 1.5)
+    encoding, _, chunk = asked(nano, observation, layout)
+    chunk = chunk + 0.1 * torch.randn(chunk.shape, generator=torch.Generator().manual_seed(0))
+    first, again = (invert(nano, encoding, layout, chunk, whole(nano), generators(range(4))) for _ in range(2))
+    assert torch.equal(first.latent, again.latent) and torch.equal(first.reach, again.reach)
+
+
+def test_what_the_base_never_does_is_out_of_reach(nano, observation):
+    layout = NoiseLayout(nano.spec.noise, "repeat", 1.5)
+    encoding, _, chunk = asked(nano, observation, layout)
+    found = invert(nano, encoding, layout, chunk + 50.0, whole(nano), generators(range(4)))
+    assert found.reach.max() < 0.1 and found.latent.isfinite().all()
+
+
+def test_steps_that_were_not_executed_do_not_count(nano, observation):
+    layout = NoiseLayout(nano.spec.noise, "repeat", 1.5)
+    encoding, _, chunk = asked(nano, observation, layout)
+    held = chunk.clone()
+    held[:, 4:] = held[:, 3:4] + 9.0
+    steps = torch.full((4,), 4)
+    found = invert(nano, encoding, layout, held, steps, generators(range(4)))
+    assert found.reach.min() > 0.9
+    assert invert(nano, encoding, layout, held, whole(nano), generators(range(4))).reach.max() < 0.5
+
+
+def test_a_column_that_noise_does_not_move_leaves_the_others_alone(fork_base, observation, monkeypatch):
+    """A gripper that the base keeps still, and the demonstrator does not, would outweigh all that can be had."""
+    layout, real = NoiseLayout(fork_base.spec.noise, "repeat", 1.5), fork_base._denoise
+
+    def stiff(encoding, noise):
+        chunks = real(encoding, noise)
+        return torch.cat([chunks[..., :1], torch.zeros_like(chunks[..., 1:])], -1)
+
+    monkeypatch.setattr(fork_base, "_denoise", stiff, raising=False)
+    encoding, _, chunk = asked(fork_base, observation, layout)
+    chunk[..., 1] = 1.0
+    found = invert(fork_base, encoding, layout, chunk, whole(fork_base), generators(range(4)))
+    assert found.reach.min() > 0.9
+
+
+def test_the_actor_is_drawn_to_the_noise_found_by_how_near_it_comes():
+    class Fixed:
+        def distribution(self, inputs):
+            return torch.zeros(3, 1, 2), torch.zeros(3, 1, 2)
+
+    latent, reach = torch.tensor([[[1.0, 1.0]], [[0.5, 0.0]], [[1.0, 1.0]]]), torch.tensor([1.0, 0.5, 0.0])
+    blank = torch.zeros(3)
+    loss, info = imitation_loss(Fixed(), Batch({}, latent, blank, blank, {}, {REACH: reach}))
+    assert loss == pytest.approx((1.0 + 0.5 * 0.125) / 3) == info["imitation_loss"]
+
+
+@pytest.fixture(scope="module")
+def episodes(fork_base):
+    return list(record(fork_base, FORK, PriorNoise(fork_base.spec.noise), range(12)))
+
+
+@pytest.fixture
+def head(fork_base):
+    torch.manual_seed(0)
+    layout = NoiseLayout(fork_base.spec.noise, "repeat", 1.5)
+    return SteeringHead(HeadConfig.for_base(fork_base.spec, layout, NetworkConfig(width=16, layers=1)))
+
+
+KEEPERS = {
+    "sac": Keeper(inverts=True),
+    "na": BankKeeper(BankConfig(3), inverts=True),
+    "na-exact": PrefixKeeper(inverts=True),
+}
+
+
+@pytest.mark.parametrize("algorithm", KEEPERS)
+def test_offline_decisions_hold_the_noise_found_for_them(fork_base, head, episodes, algorithm):
+    replay = Replay(2000, head.layout.latent_shape)
+    loader = OfflineLoader(fork_base, head, KEEPERS[algorithm], SACConfig(n_step=1), OfflineConfig())
+    loader.fill(replay, episodes)
+    now = replay.index[: replay.added, 0]
+    latent, reach = replay.latent[: replay.added], replay.extras[REACH][now]
+    failed = np.repeat([not e["success"].any() for e in episodes], [-(-len(e["action"]) // 4) for e in episodes])
+    assert 0 < failed.mean() < 1 and len(loader.reach) == len(failed)
+    imitated = torch.from_numpy(failed)[now] == 0  # numbers count decisions, episode by episode
+    assert (reach[~imitated] == 0).all() and reach[imitated].mean() > 0.5
+    seen = {name: rows[now] for name, rows in replay.inputs.items()}
+    encoding = fork_base.encode(batch([{"observation.state": s} for s in seen["state"].numpy()]))
+    done = torch.cat(list(chunks_of(episodes)))[now]
+    near = (denoised(fork_base, encoding, head.layout, latent) - done).square().mean((1, 2))
+    far = denoised(fork_base, encoding, head.layout, latent[torch.randperm(len(latent))])
+    assert near.mean() < 0.3 * (far - done).square().mean()
+    if algorithm != "sac":
+        assert torch.equal(replay.extras[ACTION][now], done)
+    if algorithm == "na":
+        assert torch.equal(replay.extras[BANK_LATENT][now][:, 0], latent)
+        taught = replay.extras[BANK_ACTION][now][:, 0]
+        assert torch.allclose(taught, denoised(fork_base, encoding, head.layout, latent), atol=1e-5)
+
+
+def chunks_of(episodes, k=4):
+    """The recorded chunks, the last action held beyond an episode's end."""
+    for episode in episodes:
+        action = torch.from_numpy(episode["action"])
+        last = len(action) - 1
+        yield torch.stack([action[torch.arange(t, t + k).clamp(max=last)] for t in range(0, len(action), k)])
+
+
+def test_data_that_the_base_cannot_do_are_said_to_be_so(fork_base, head, episodes, tmp_path, caplog):
+    strange = [episode | {"action": episode["action"] * 0 + 30.0} for episode in episodes]
+    for name, made, words in (("own", episodes, ""), ("strange", strange, "the base does not act like that")):
+        caplog.clear()
+        write_npz(tmp_path / f"{name}.npz", made)
+        config = OfflineConfig(str(tmp_path / f"{name}.npz"))
+        loader = OfflineLoader(fork_base, head, Keeper(inverts=True), SACConfig(), config)
+        fill(Replay(500, head.layout.latent_shape), loader)
+        assert (words in caplog.text) if words else not caplog.text
+
+
+@pytest.fixture
+def demonstrated(fork_recipe, tmp_path):
+    """A recipe that learns from 40 recorded episodes, half of them failures, and never acts."""
+    data, tree = tmp_path / "fork.npz", yaml.safe_load(fork_recipe.read_text())
+    assert main(["record", str(fork_recipe), "--out", str(data), "--episodes", "40"]) == 0
+    won = [bool(e["success"].any()) for e in read_episodes(OfflineConfig(str(data)))]
+    assert 10 <= sum(won) <= 30
+    tree |= {"offline": {"source": str(data), "updates": 300, "stride": 1}, "sac": {"imitate": 1.0}}
+    return tree
+
+
+def test_a_head_learns_from_demonstrations_without_a_step(demonstrated, fork_base, tmp_path):
+    """By DSRL-SAC, from the half of them that succeeded; the base's own success is a coin flip."""
+    shown = demonstrated | {"train": demonstrated["train"] | {"env_steps": 0}}
+    shown["eval"] = {"episodes": 60, "video_episodes": 0}
+    result = train(load_recipe("drawer-open", shown), tmp_path / "run", base=fork_base).evaluation
+    assert result["env_steps"] == 0 and result["updates"] == 300
+    assert result["steered"]["success"] >= 0.9 and 0.25 <= result["base"]["success"] <= 0.75
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert rows[-1]["imitation_loss"] >= 0
+
+
+@pytest.mark.parametrize("algorithm", ["sac", "na"])
+def test_it_goes_on_online_and_is_resumed_bit_for_bit(demonstrated, fork_base, tmp_path, algorithm):
+    tree = demonstrated | {"algorithm": algorithm, "offline": demonstrated["offline"] | {"updates": 20, "stride": 4}}
+    tree["train"] |= {"env_steps": 800, "checkpoint_every": 400, "learning_starts": 1, "stop_at": None}
+    tree["eval"] = {"episodes": 2, "video_episodes": 0}
+    recipe = load_recipe("drawer-open", tree)
+    one = train(recipe, tmp_path / "one", base=fork_base, evaluate_after=False)
+    short = load_recipe("drawer-open", tree | {"train": tree["train"] | {"env_steps": 400}})
+    train(short, tmp_path / "two", base=fork_base, evaluate_after=False)
+    (tmp_path / "two" / "recipe.yaml").write_text(recipe.to_yaml())
+    two = train(recipe, tmp_path / "two", base=fork_base, resume=True, evaluate_after=False)
+    assert all(torch.equal(a, b) for a, b in zip(one.head.parameters(), two.head.parameters(), strict=True))
+
+
+def test_sac_needs_to_imitate_to_learn_from_such_data(demonstrated):
+    expected = "offline.source: expected algorithm na or na-exact, which learn from actions, or sac.imitate, which"
+    with pytest.raises(DsrlError, match=expected):
+        load_recipe("drawer-open", demonstrated | {"sac": {}})
+    for value in (-1.0, float("nan")):
+        with pytest.raises(DsrlError, match=r"sac\.imitate: expected"):
+            SACConfig(imitate=value)

@@ -26,6 +26,10 @@ class Flat:
         """The mean of a gradient over those who share the batch."""
         self._tie()
 
+    def adam(self, learning_rate: float) -> torch.optim.Optimizer:
+        """Its optimiser."""
+        return torch.optim.Adam([self.vector], learning_rate, fused=True, capturable=self.vector.is_cuda)
+
     @torch.no_grad()
     def _tie(self) -> None:
         self.vector.data = torch.cat([p.reshape(-1) for p in self.parameters])

@@ -25,7 +25,8 @@ from .draws import Source
 from .errors import at_least, bad
 from .flat import Flat
 from .head import SteeringHead
-from .noise_bank import REACH, Keeper
+from .imitation import imitation_loss
+from .noise_bank import Keeper
 from .recorded import Recorded
 from .replay import Batch, Held
 
@@ -146,16 +147,6 @@ def actor_loss(
     return loss, {"actor_loss": loss.detach(), "entropy": entropy, "latent_abs": latent.detach().abs().mean()}
 
 
-def imitation_loss(head: SteeringHead, batch: Batch) -> tuple[torch.Tensor, Info]:
-    """E[reach |mode pi(s) - u|^2 / (n d)], u the noise that was found for what somebody else did there.
-
-    Behaviour cloning in the space of noise; how near that noise comes to what was done is its weight.
-    """
-    mode = head.distribution(batch.inputs)[0].tanh()
-    loss = (batch.extras[REACH] * (mode - batch.latent).square().flatten(1).mean(1)).mean()
-    return loss, {"imitation_loss": loss.detach()}
-
-
 def alpha_loss(log_alpha: torch.Tensor, entropy: torch.Tensor, target_entropy: float) -> tuple[torch.Tensor, Info]:
     """alpha (H - H_target), in nats per dimension."""
     loss = log_alpha.exp() * (entropy - target_entropy)
@@ -185,7 +176,7 @@ class LatentSAC:
         self.modules: dict[str, nn.Module] = {}
         """Everything with weights, by the name it is saved under."""
         self.flat = {"alpha": Flat([self.log_alpha])}
-        self.optimizers = {"alpha": adam(self.flat["alpha"], config.alpha_lr)}
+        self.optimizers = {"alpha": self.flat["alpha"].adam(config.alpha_lr)}
         self._own("head", head, config.actor_lr)
         self._own("average", self.average)
         self._own("critic", self.critic, config.critic_lr)
@@ -205,7 +196,7 @@ class LatentSAC:
         module.to(self.device)
         self.modules[name], self.flat[name] = module, Flat(module.parameters())
         if learning_rate is not None:
-            self.optimizers[name] = adam(self.flat[name], learning_rate)
+            self.optimizers[name] = self.flat[name].adam(learning_rate)
 
     def keeper(self) -> Keeper:
         """What has to be kept of a decision: nothing but noise, reward and observations."""
@@ -307,8 +298,3 @@ class LatentSAC:
         self.updates = updates
         if self._recorded:
             self._recorded.forget()  # the optimisers' tensors are others now
-
-
-def adam(flat: Flat, learning_rate: float) -> torch.optim.Optimizer:
-    """The optimiser of every part."""
-    return torch.optim.Adam([flat.vector], learning_rate, fused=True, capturable=flat.vector.is_cuda)

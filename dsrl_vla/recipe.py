@@ -190,8 +190,7 @@ class Recipe:
         if self.offline.updates and not self.offline.source:
             raise bad("offline.updates", "offline.source to go with it", f"{self.offline.updates} and no source")
         if self.offline.source and self.algorithm == "sac" and not self.sac.imitate:
-            expected = "algorithm na or na-exact, which learn from actions, or sac.imitate, which finds noise for them"
-            raise bad("offline.source", expected, "sac")
+            raise bad("offline.source", "algorithm na or na-exact, which learn from actions, or sac.imitate", "sac")
         held = 2 * (self.sac.n_step + 1) * self.task.num_envs * self.rollout.workers
         if self.train.replay_capacity < held:
             least = f"{held} or more, for returns over sac.n_step = {self.sac.n_step} decisions in every environment"

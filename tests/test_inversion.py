@@ -10,8 +10,9 @@ from dsrl_vla import SteeringHead, load_base, load_recipe, train
 from dsrl_vla.cli import main
 from dsrl_vla.errors import DsrlError
 from dsrl_vla.head import HeadConfig
+from dsrl_vla.imitation import imitation_loss
 from dsrl_vla.inversion import invert
-from dsrl_vla.latent_sac import SACConfig, imitation_loss
+from dsrl_vla.latent_sac import SACConfig
 from dsrl_vla.networks import NetworkConfig
 from dsrl_vla.noise import NoiseLayout, generators
 from dsrl_vla.noise_bank import ACTION, BANK_ACTION, BANK_LATENT, REACH, BankConfig, BankKeeper, Keeper, PrefixKeeper
@@ -213,7 +214,7 @@ def test_it_goes_on_online_and_is_resumed_bit_for_bit(demonstrated, fork_base, t
 
 
 def test_sac_needs_to_imitate_to_learn_from_such_data(demonstrated):
-    expected = "offline.source: expected algorithm na or na-exact, which learn from actions, or sac.imitate, which"
+    expected = "offline.source: expected algorithm na or na-exact, which learn from actions, or sac.imitate, got sac"
     with pytest.raises(DsrlError, match=expected):
         load_recipe("drawer-open", demonstrated | {"sac": {}})
     for value in (-1.0, float("nan")):

@@ -1,0 +1,23 @@
+"""Behaviour cloning in the space of noise: the actor is held to the noise found behind what somebody else did.
+
+What is cloned is a choice among the things that the base does anyway, a few numbers for each decision, and not the
+actions themselves: tens of demonstrations are enough, and what the head then does is still the base's.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from .head import SteeringHead
+from .noise_bank import REACH
+from .replay import Batch
+
+
+def imitation_loss(head: SteeringHead, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """E[reach |mode pi(s) - u|^2 / (n d)], u the noise that was found, reach how near it comes to what was done.
+
+    Where the decision was the actor's own, or is of an episode that failed, reach is 0.
+    """
+    mode = head.distribution(batch.inputs)[0].tanh()
+    loss = (batch.extras[REACH] * (mode - batch.latent).square().flatten(1).mean(1)).mean()
+    return loss, {"imitation_loss": loss.detach()}

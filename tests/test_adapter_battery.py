@@ -6,6 +6,7 @@ import torch
 from dsrl_vla import SteeredPolicy, SteeringHead, load_base, probe
 from dsrl_vla.errors import DsrlError
 from dsrl_vla.head import HeadConfig
+from dsrl_vla.inversion import invert
 from dsrl_vla.networks import NetworkConfig
 from dsrl_vla.noise import NoiseLayout, generators
 from dsrl_vla.observation import batch, unsqueeze
@@ -126,6 +127,17 @@ def test_a_head_steers_and_disabled_is_the_base_bit_for_bit(base, observation):
     with policy.disabled():
         assert torch.equal(policy.act(seen, seed=3), base.act(seen, seed=3))
     assert torch.equal(policy.act(seen, seed=3), steered)
+
+
+def test_the_noise_behind_its_own_action_is_found(base, observation):
+    """By nothing but its sampler, whatever that is made of; so that demonstrations can be imitated."""
+    layout = NoiseLayout(base.spec.noise, "repeat", 1.0)
+    encoding = base.encode(batch([observation(base, i) for i in range(2)]))
+    chosen = layout.sample(generators([3, 4])) * 0.5
+    chunk = base.denoise(encoding, layout.expand(chosen))[:, 0, : base.spec.executed_steps]
+    steps = torch.full((2,), base.spec.executed_steps)
+    found = invert(base, encoding, layout, chunk, steps, generators([0, 1]))
+    assert found.reach.min() > 0.9 and found.latent.abs().max() <= 1
 
 
 def test_the_same_seed_gives_the_same_action(base, observation):

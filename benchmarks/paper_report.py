@@ -219,25 +219,38 @@ def speed(runs: list[dict[str, Any]]) -> str:
     return ", ".join("–" if steps is None else f"{steps:,}" for steps in reached)
 
 
+KINDS = {"offline-to-online": "the base's own", "demonstrations": "demonstrations, imitated"}
+"""What 50 episodes a variant starts from."""
+
+
 def online_section(*files: dict[str, Any]) -> list[str]:
     """Steps to 0.90 with offline episodes before the first step, and without them, by the same settings otherwise."""
-    columns = "task | offline | steps to 0.90, with | without | share | 95 % interval | times fewer"
-    lines = ["## Offline to online: DSRL-NA with 50 recorded episodes, and without", "", f"| {columns} |"]
-    lines += ["|---" * 7 + "|"]
-    for task, variants in ((task, entry["variants"]) for found in files for task, entry in found.items()):
-        for name, runs in variants.items():
-            if name.startswith("offline-to-online") and (alone := without(name, runs, variants)):
-                lines.append(f"| {task} | {name} | {speed(runs)} | {speed(alone)} | {share(runs, alone)} |")
+    columns = "task | 50 episodes | algorithm | steps to 0.90, with | without | share | 95 % interval | times fewer"
+    lines = ["## Offline to online: with 50 recorded episodes, and without", "", f"| {columns} |", "|---" * 8 + "|"]
+    tasks = [(task, entry["variants"]) for found in files for task, entry in found.items()]
+    for kind, words in KINDS.items():
+        for task, variants in tasks:
+            for name, runs in variants.items():
+                if name.partition(",")[0] == kind and (alone := without(name, runs, variants)):
+                    cells = (task, words, algorithm(runs), speed(runs), speed(alone), share(runs, alone))
+                    lines.append(f"| {' | '.join(cells)} |")
     words = "Share: the mean of one over the mean of the other, its interval by bootstrap over seeds. A run that never"
     return [*lines, "", f"{words} reaches 0.90 counts as all its steps: ≤ and ≥ say which way that errs.", ""]
 
 
 def without(name: str, runs: list[dict[str, Any]], variants: dict[str, Any]) -> list[dict[str, Any]]:
-    """The runs by DSRL-NA alone that differ from these in their data only: the same discount, validated as often."""
+    """The runs by the same algorithm alone that differ from these in their data only: the same discount, validated as
+    often."""
     how = name.partition(",")[2]
     gamma = lambda held: held[0]["settings"].get("sac.gamma")
-    alone = (variants.get(other, []) for other in ("na-0.98", f"na,{how}" if how else "na"))
+    by = algorithm(runs)
+    alone = (variants.get(other, []) for other in (f"{by}-0.98", f"{by},{how}" if how else by))
     return next((held for held in alone if held and gamma(held) == gamma(runs)), [])
+
+
+def algorithm(runs: list[dict[str, Any]]) -> str:
+    """By its name; the default is not among the settings."""
+    return str(runs[0]["settings"].get("algorithm", "sac"))
 
 
 def share(runs: list[dict[str, Any]], alone: list[dict[str, Any]]) -> str:
@@ -251,7 +264,8 @@ def share(runs: list[dict[str, Any]], alone: list[dict[str, Any]]) -> str:
     low, high = np.quantile(drawn, (0.025, 0.975))
     sign, inverse = ("≥ ", "≤ ") if never[0] else ("≤ ", "≥ ") if never[1] else ("", "")
     found = own.mean() / theirs.mean()
-    return f"{sign}{found:.2f} | [{low:.2f}, {high:.2f}] | {inverse}**{1 / found:.1f}**"
+    fewer = f"{inverse}**{1 / found:.1f}**" if found else "**none needed**"
+    return f"{sign}{found:.2f} | [{low:.2f}, {high:.2f}] | {fewer}"
 
 
 def by_kind(entry: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:

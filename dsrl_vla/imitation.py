@@ -9,15 +9,16 @@ from __future__ import annotations
 import torch
 
 from .head import SteeringHead
-from .noise_bank import REACH
+from .noise_bank import IMITATED, REACH
 from .replay import Batch
 
 
 def imitation_loss(head: SteeringHead, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """E[reach |mode pi(s) - u|^2 / (n d)], u the noise that was found, reach how near it comes to what was done.
 
-    Where the decision was the actor's own, or is of an episode that failed, reach is 0.
+    Only over what somebody else did, in an episode that is not known to have failed.
     """
     mode = head.distribution(batch.inputs)[0].tanh()
-    loss = (batch.extras[REACH] * (mode - batch.latent).square().flatten(1).mean(1)).mean()
+    weight = batch.extras[REACH] * batch.extras[IMITATED]
+    loss = (weight * (mode - batch.latent).square().flatten(1).mean(1)).mean()
     return loss, {"imitation_loss": loss.detach()}

@@ -26,7 +26,7 @@ from .errors import at_least, bad
 from .flat import Flat
 from .head import SteeringHead
 from .imitation import imitation_loss
-from .noise_bank import Keeper
+from .noise_bank import REACH, Keeper
 from .recorded import Recorded
 from .replay import Batch, Held
 
@@ -70,8 +70,8 @@ class SACConfig:
     episodes it is from, and so how that ended: with some noise a critic has to look at what was done instead."""
 
     imitate: float = 0.0
-    """How much the actor loses, in units of the value, for squared distance from the noise that comes nearest to what
-    a demonstration, or a person who took over, did (`dsrl_vla.inversion`). 0 does not look for that noise."""
+    """What the actor loses, in units of the value, for squared distance from the noise that comes nearest to what a
+    demonstration, or a person who took over, did (`dsrl_vla.inversion`). 0 does not look for that noise."""
 
     def __post_init__(self) -> None:
         if not 0 < self.gamma < 1:
@@ -125,7 +125,8 @@ def critic_loss(
     backup_entropy: bool,
     source: Source,
 ) -> tuple[torch.Tensor, Info]:
-    """Mean over members of (Q_i(s, u) - y)^2, y = R + gamma^k Red_i Q'_i(s', u'), kept to what the reward can give."""
+    """Mean over members of (Q_i(s, u) - y)^2, y = R + gamma^k Red_i Q'_i(s', u'), kept to what the reward can give.
+    A u that was found for what somebody else did counts by how near it comes to that."""
     with torch.no_grad():
         latent, log_prob = head.sample(batch.next_inputs, source)
         value = target.value(batch.next_inputs, latent)
@@ -133,7 +134,7 @@ def critic_loss(
             value = value - alpha * log_prob
         y = (batch.reward + batch.discount * value).clamp(*bounds)
     q = critic(batch.inputs, batch.latent)
-    loss = (q - y).square().mean(1).sum()
+    loss = ((q - y).square() * batch.extras.get(REACH, 1.0)).mean(1).sum()
     return loss, {"critic_loss": loss.detach() / q.shape[0], "q": q.detach().mean(), "target": y.mean()}
 
 
@@ -199,7 +200,7 @@ class LatentSAC:
             self.optimizers[name] = self.flat[name].adam(learning_rate)
 
     def keeper(self) -> Keeper:
-        """What has to be kept of a decision: nothing but noise, reward and observations."""
+        """What has to be kept of a decision beside noise, reward and observations."""
         return Keeper(inverts=self.config.imitate > 0)
 
     def fit_normaliser(self, replay: Held) -> None:
@@ -209,9 +210,7 @@ class LatentSAC:
 
     def update(self, batch: Batch) -> Info:
         """One step each of critic, target, actor and temperature. Nothing is copied to Python.
-
-        The batch is on `device`; on a GPU its shapes are always the same.
-        """
+        The batch is on `device`; on a GPU its shapes are always the same."""
         info = self._recorded(batch.tensors()) if self._recorded else self._learn(batch)
         # Young averages forget faster, so that the initial weights do not linger.
         weight = max(1 - self.config.actor_average, 1 / (1 + self.updates))

@@ -22,6 +22,7 @@ from .head import HeadInputs
 from .interrupts import undisturbed
 from .journal import EpisodeRecord, Journal
 from .n_step import Decision, NStepWindows
+from .noise_bank import IMITATED
 from .observation import PROMPT, Observations
 from .replay import Extras
 from .rollout import ChunkResult
@@ -237,6 +238,7 @@ class EpisodeCollector(Collector):
             return False
         numbers = self.replay.observe(record.inputs)
         for name, rows in record.extras.items():
+            rows = rows * float(record.success) if name == IMITATED else rows
             self.replay.attach(numbers[: len(rows)], {name: rows})
         steps, human = record.decisions["steps"].numpy(), record.decisions["human"].numpy()
         reward = self.sac.chunk_reward(record.decisions["rewards"].numpy(), steps)

@@ -17,8 +17,9 @@ from .policy import Encoding, FrozenPolicy
 from .replay import Extras
 
 ACTION, BANK_LATENT, BANK_ACTION, PREFIX = "action", "bank_latent", "bank_action", "prefix."
-REACH = "reach"
-"""How near the noise found for an action comes to it, (B,) from 0 to 1; 0 where there is nothing to imitate."""
+REACH, IMITATED = "reach", "imitated"
+"""How near a decision's noise comes to what was done, (B,) from 0 to 1, which the head's own has; and whether it was
+somebody else's, to be imitated, (B,), 1 or 0."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,11 +75,11 @@ class Keeper:
         if not self.inverts:
             return torch.zeros(len(chunk), *head.layout.latent_shape), {}
         found = invert(base, encoding, head.layout, chunk, steps, generators)
-        return found.latent, {REACH: found.reach}
+        return found.latent, {REACH: found.reach, IMITATED: torch.ones(len(chunk))}
 
     def _own(self, batch: int) -> Extras:
         """What goes with decisions taken by noise, so that all have the same."""
-        return {REACH: torch.zeros(batch)} if self.inverts else {}
+        return {REACH: torch.ones(batch), IMITATED: torch.zeros(batch)} if self.inverts else {}
 
 
 @dataclass(frozen=True)

@@ -12,10 +12,10 @@ An episode is a mapping of arrays, one row per environment step: ``observation.s
 
 from __future__ import annotations
 
-import functools
+import hashlib
 import math
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -23,14 +23,13 @@ import torch
 
 from .episodes import episode_generators
 from .errors import bad
-from .head import HeadInputs, SteeringHead
+from .head import SteeringHead
 from .latent_sac import SACConfig
 from .n_step import Decision, NStepWindows
-from .noise_bank import ACTION, REACH, Keeper
+from .noise_bank import IMITATED, REACH, Keeper
 from .observation import IMAGE_PREFIX, PROMPT, STATE, Observations
 from .policy import FrozenPolicy
-from .replay import Batch, Replay
-from .run_dir import digest
+from .replay import Replay
 
 OfflineEpisode = dict[str, Any]
 Relabel = Callable[[OfflineEpisode], OfflineEpisode]
@@ -155,6 +154,8 @@ class OfflineLoader:
         self.rewards = rewards
         self.reach: list[float] = []
         """Of every decision, where noise was looked for: how near it comes, from 0 to 1."""
+        self.actions = hashlib.sha256()
+        """Of every chunk, as it was recorded."""
         self.stride = config.stride or base.spec.executed_steps
         if self.stride > base.spec.executed_steps:
             most = f"at most the {base.spec.executed_steps} steps that '{base.spec.uri}' executes of a chunk"
@@ -178,6 +179,7 @@ class OfflineLoader:
         k = self.base.spec.executed_steps
         starts = np.arange(first, length, k)
         chunk, reward, steps = self._chunks(episode, starts, length)
+        self.actions.update(chunk.numpy().tobytes())
         numbers, latent = np.zeros(len(starts), dtype=np.int64), torch.zeros(len(starts), *replay.latent.shape[1:])
         for at in range(0, len(starts), _AT_A_TIME):
             some = slice(at, at + _AT_A_TIME)
@@ -212,7 +214,7 @@ class OfflineLoader:
         latent, extras = self.keeper.label(self.base, encoding, self.head, inputs, *done, streams)
         if REACH in extras:
             self.reach += extras[REACH].tolist()
-            extras[REACH] *= not _failed(episode)
+            extras[IMITATED] *= not _failed(episode)
         replay.attach(numbers, extras | self.keeper.observed(self.base, encoding))
         return numbers, latent
 
@@ -238,61 +240,3 @@ def _rows(episode: OfflineEpisode, rows: np.ndarray) -> Observations:
     if PROMPT in episode:
         found[PROMPT] = [str(episode[PROMPT])] * len(rows)
     return found
-
-
-class MixedReplay:
-    """Online and offline data as one store: every batch holds a fixed share of each (symmetric sampling).
-
-    With nothing online yet, batches are offline.
-    """
-
-    def __init__(self, online: Replay, offline: Replay, share: float):
-        self.online, self.offline, self.share = online, offline, share
-
-    def __len__(self) -> int:
-        return len(self.online) + len(self.offline)
-
-    def sample(self, size: int, rng: np.random.Generator) -> Batch:
-        """As `Replay.sample`."""
-        if not len(self.online):
-            return self.offline.sample(size, rng)
-        count = round(size * self.share)
-        return _join(self.online.sample(size - count, rng), self.offline.sample(count, rng))
-
-    def batches(
-        self, count: int, size: int, rng: np.random.Generator, device: torch.device | None = None
-    ) -> Iterator[Batch]:
-        """As `Replay.batches`."""
-        return (self.sample(size, rng).to(device) for _ in range(count))
-
-    @functools.cached_property
-    def sha256(self) -> str:
-        """Of the offline transitions, which never change; of what came from the data, and not from the base, whose
-        numbers another machine may round otherwise."""
-        held = self.offline.tensors()
-        own = ("reward", "discount", "index", "inputs.state", f"extras.{ACTION}")
-        blank = {} if f"extras.{REACH}" in held else {"latent": held["latent"]}
-        return digest(blank | {name: held[name] for name in own if name in held})
-
-    def observations(self) -> HeadInputs:
-        """As `Replay.observations`, both stores after one another."""
-        return _cat([r.observations() for r in self._filled()])
-
-    def held(self, name: str) -> torch.Tensor:
-        """As `Replay.held`."""
-        return torch.cat([r.held(name) for r in self._filled() if len(r)])
-
-    def _filled(self) -> Iterator[Replay]:
-        return (r for r in (self.online, self.offline) if r.observed)
-
-
-def _cat(parts: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-    return {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
-
-
-def _join(a: Batch, b: Batch) -> Batch:
-    values: dict[str, Any] = {}
-    for field in fields(Batch):
-        pair = [getattr(a, field.name), getattr(b, field.name)]
-        values[field.name] = torch.cat(pair) if torch.is_tensor(pair[0]) else _cat(pair)
-    return Batch(**values)

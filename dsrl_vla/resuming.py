@@ -10,7 +10,7 @@ import torch
 
 from .errors import DsrlError, MismatchError, bad
 from .head_config import HeadConfig
-from .offline import MixedReplay
+from .mixed_replay import MixedReplay
 from .pairing import check_pair
 from .run_dir import load_checkpoint, part
 

@@ -27,8 +27,9 @@ from .head import HeadConfig, SteeringHead
 from .interrupts import stop_requests
 from .learners import build_learner
 from .measures import YARDSTICKS
+from .mixed_replay import MixedReplay
 from .noise_search import SearchConfig, Ticket, search_ticket
-from .offline import MixedReplay, OfflineLoader
+from .offline import OfflineLoader
 from .offline_sources import fill
 from .policy import FrozenPolicy
 from .recipe import Recipe
@@ -90,8 +91,9 @@ class Trainer:
         self.data: Replay | MixedReplay = self.replay
         if recipe.offline.source:
             offline = Replay(config.replay_capacity, layout.latent_shape, place("replay-offline"))
-            fill(offline, OfflineLoader(base, self.head, self.learner.keeper(), sac, recipe.offline, rewards))
-            self.data = MixedReplay(self.replay, offline, recipe.offline.share)
+            loader = OfflineLoader(base, self.head, self.learner.keeper(), sac, recipe.offline, rewards)
+            fill(offline, loader)
+            self.data = MixedReplay(self.replay, offline, recipe.offline.share, loader.actions.hexdigest())
         self.faults = TrainingFaults(config.max_faults)
         self.updates = Updates(self.learner, self.data, sac.batch, config.seed, self.faults, team or Team())
         keeper = self.learner.keeper()

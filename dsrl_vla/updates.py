@@ -8,7 +8,7 @@ import torch
 from .errors import bad
 from .faults import Faults, LastGood, all_finite
 from .latent_sac import LatentSAC
-from .offline import MixedReplay
+from .mixed_replay import MixedReplay
 from .replay import Replay
 from .team import Team
 

@@ -6,16 +6,28 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from dsrl_vla import SteeringHead, load_base, load_recipe, train
+from dsrl_vla import SteeringHead, inversion, load_base, load_recipe, train
 from dsrl_vla.cli import main
+from dsrl_vla.critic import CriticConfig, CriticEnsemble
 from dsrl_vla.errors import DsrlError
 from dsrl_vla.head import HeadConfig
 from dsrl_vla.imitation import imitation_loss
 from dsrl_vla.inversion import invert
-from dsrl_vla.latent_sac import SACConfig
+from dsrl_vla.latent_sac import SACConfig, critic_loss
+from dsrl_vla.mixed_replay import MixedReplay
 from dsrl_vla.networks import NetworkConfig
 from dsrl_vla.noise import NoiseLayout, generators
-from dsrl_vla.noise_bank import ACTION, BANK_ACTION, BANK_LATENT, REACH, BankConfig, BankKeeper, Keeper, PrefixKeeper
+from dsrl_vla.noise_bank import (
+    ACTION,
+    BANK_ACTION,
+    BANK_LATENT,
+    IMITATED,
+    REACH,
+    BankConfig,
+    BankKeeper,
+    Keeper,
+    PrefixKeeper,
+)
 from dsrl_vla.observation import batch
 from dsrl_vla.offline import OfflineConfig, OfflineLoader
 from dsrl_vla.offline_sources import fill, read_episodes, write_npz
@@ -62,12 +74,38 @@ def test_a_base_in_bfloat16_is_inverted_too(nano, observation):
     assert invert(base, encoding, layout, chunk, whole(base), generators(range(4))).reach.min() > 0.9
 
 
-def test_it_is_the_same_whoever_else_is_in_the_batch(nano, observation):
-    layout = NoiseLayout(nano.spec.noise, "repeat", 1.5)
+def test_one_that_is_not_finite_does_not_spoil_the_others(nano, observation, monkeypatch):
+    layout, real = NoiseLayout(nano.spec.noise, "repeat", 1.5), nano._denoise
     encoding, _, chunk = asked(nano, observation, layout)
-    chunk = chunk + 0.1 * torch.randn(chunk.shape, generator=torch.Generator().manual_seed(0))
-    first, again = (invert(nano, encoding, layout, chunk, whole(nano), generators(range(4))) for _ in range(2))
-    assert torch.equal(first.latent, again.latent) and torch.equal(first.reach, again.reach)
+
+    def ill(encoding, noise):
+        chunks = real(encoding, noise)
+        chunks[1] = torch.nan
+        return chunks
+
+    monkeypatch.setattr(nano, "_denoise", ill)
+    chunk[2] = torch.inf
+    found = invert(nano, encoding, layout, chunk, whole(nano), generators(range(4)))
+    assert found.reach[[0, 3]].min() > 0.97 and found.reach[[1, 2]].tolist() == [0, 0]
+    assert found.latent[[1, 2]].abs().sum() == 0
+
+
+def test_a_base_that_noise_does_not_move_reaches_nothing(nano, observation, monkeypatch):
+    layout, real = NoiseLayout(nano.spec.noise, "repeat", 1.5), nano._denoise
+    encoding, _, chunk = asked(nano, observation, layout)
+    monkeypatch.setattr(nano, "_denoise", lambda encoding, noise: real(encoding, noise * 0))
+    for done in (chunk + 1.0, denoised(nano, encoding, layout, torch.zeros(4, 1, 4))):
+        found = invert(nano, encoding, layout, done, whole(nano), generators(range(4)))
+        assert found.reach.tolist() == [0, 0, 0, 0] and found.latent.isfinite().all()
+
+
+def test_a_layout_of_too_many_numbers_is_refused(tiny_pi0, observation, monkeypatch):
+    monkeypatch.setattr(inversion, "_MOST", 10)
+    layout = NoiseLayout(tiny_pi0.spec.noise, "chunk", 1.5)
+    encoding = tiny_pi0.encode(batch([observation(tiny_pi0, 0)]))
+    chunk = torch.zeros(1, tiny_pi0.spec.executed_steps, tiny_pi0.spec.action_dim)
+    with pytest.raises(DsrlError, match=r"sac\.imitate: expected a layout of at most 10 numbers, got 'chunk' of"):
+        invert(tiny_pi0, encoding, layout, chunk, whole(tiny_pi0, 1), generators([0]))
 
 
 def test_what_the_base_never_does_is_out_of_reach(nano, observation):
@@ -82,6 +120,7 @@ def test_steps_that_were_not_executed_do_not_count(nano, observation):
     encoding, _, chunk = asked(nano, observation, layout)
     held = chunk.clone()
     held[:, 4:] = held[:, 3:4] + 9.0
+    held[0, 5:] = torch.nan
     steps = torch.full((4,), 4)
     found = invert(nano, encoding, layout, held, steps, generators(range(4)))
     assert found.reach.min() > 0.9
@@ -89,7 +128,7 @@ def test_steps_that_were_not_executed_do_not_count(nano, observation):
 
 
 def test_a_column_that_noise_does_not_move_leaves_the_others_alone(fork_base, observation, monkeypatch):
-    """A gripper that the base keeps still, and the demonstrator does not, would outweigh all that can be had."""
+    """A gripper that the base keeps still, and the demonstrator does not: out of reach, but the arm goes along."""
     layout, real = NoiseLayout(fork_base.spec.noise, "repeat", 1.5), fork_base._denoise
 
     def stiff(encoding, noise):
@@ -98,9 +137,13 @@ def test_a_column_that_noise_does_not_move_leaves_the_others_alone(fork_base, ob
 
     monkeypatch.setattr(fork_base, "_denoise", stiff, raising=False)
     encoding, _, chunk = asked(fork_base, observation, layout)
+    still = invert(fork_base, encoding, layout, chunk, whole(fork_base), generators(range(4)))
+    assert still.reach.min() > 0.9
     chunk[..., 1] = 1.0
     found = invert(fork_base, encoding, layout, chunk, whole(fork_base), generators(range(4)))
-    assert found.reach.min() > 0.9
+    assert found.reach.max() < 0.1
+    off = (denoised(fork_base, encoding, layout, found.latent) - chunk)[..., 0]
+    assert off.abs().max() < 0.1
 
 
 def test_the_actor_is_drawn_to_the_noise_found_by_how_near_it_comes():
@@ -108,10 +151,27 @@ def test_the_actor_is_drawn_to_the_noise_found_by_how_near_it_comes():
         def distribution(self, inputs):
             return torch.zeros(3, 1, 2), torch.zeros(3, 1, 2)
 
-    latent, reach = torch.tensor([[[1.0, 1.0]], [[0.5, 0.0]], [[1.0, 1.0]]]), torch.tensor([1.0, 0.5, 0.0])
-    blank = torch.zeros(3)
-    loss, info = imitation_loss(Fixed(), Batch({}, latent, blank, blank, {}, {REACH: reach}))
+    latent, blank = torch.tensor([[[1.0, 1.0]], [[0.5, 0.0]], [[1.0, 1.0]]]), torch.zeros(3)
+    extras = {REACH: torch.tensor([1.0, 0.5, 1.0]), IMITATED: torch.tensor([1.0, 1.0, 0.0])}
+    loss, info = imitation_loss(Fixed(), Batch({}, latent, blank, blank, {}, extras))
     assert loss == pytest.approx((1.0 + 0.5 * 0.125) / 3) == info["imitation_loss"]
+
+
+def test_noise_earns_only_what_it_can_do(head):
+    """A critic told that noise won where a person did what noise cannot would be followed there."""
+    critic = CriticEnsemble(CriticConfig(network=NetworkConfig(width=16, layers=1)), head.config)
+    latent, alpha = torch.zeros(4, *head.layout.latent_shape), torch.tensor(0.0)
+    seen = {"state": torch.randn(4, 4), "feature": torch.randn(4, head.config.feature_dim)}
+    reward = torch.tensor([0.0, 0.0, 9.0, 9.0])
+    first = lambda rows: {name: values[:rows] for name, values in seen.items()}
+    part = lambda rows, extras: Batch(
+        first(rows), latent[:rows], reward[:rows], torch.zeros(rows), first(rows), extras
+    )
+    losses = [
+        critic_loss(critic, critic, head, alpha, part(rows, extras), (-99, 99), False, None)[0].item() * rows
+        for rows, extras in ((2, {}), (4, {REACH: torch.tensor([1.0, 1.0, 0.0, 0.0])}), (4, {}))
+    ]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5) and losses[2] > 2 * losses[1]
 
 
 @pytest.fixture(scope="module")
@@ -140,10 +200,11 @@ def test_offline_decisions_hold_the_noise_found_for_them(fork_base, head, episod
     loader.fill(replay, episodes)
     now = replay.index[: replay.added, 0]
     latent, reach = replay.latent[: replay.added], replay.extras[REACH][now]
+    imitated = replay.extras[IMITATED][now] == 1
     failed = np.repeat([not e["success"].any() for e in episodes], [-(-len(e["action"]) // 4) for e in episodes])
     assert 0 < failed.mean() < 1 and len(loader.reach) == len(failed)
-    imitated = torch.from_numpy(failed)[now] == 0  # numbers count decisions, episode by episode
-    assert (reach[~imitated] == 0).all() and reach[imitated].mean() > 0.5
+    assert torch.equal(imitated, torch.from_numpy(~failed)[now])  # numbers count decisions, episode by episode
+    assert reach.mean() > 0.5
     seen = {name: rows[now] for name, rows in replay.inputs.items()}
     encoding = fork_base.encode(batch([{"observation.state": s} for s in seen["state"].numpy()]))
     done = torch.cat(list(chunks_of(episodes)))[now]
@@ -164,6 +225,17 @@ def chunks_of(episodes, k=4):
         action = torch.from_numpy(episode["action"])
         last = len(action) - 1
         yield torch.stack([action[torch.arange(t, t + k).clamp(max=last)] for t in range(0, len(action), k)])
+
+
+def test_other_actions_are_other_data(fork_base, head, episodes):
+    """Also where nothing is kept but the noise found for them, which another machine may round otherwise."""
+    known = []
+    for made in (episodes, [e | {"action": -e["action"]} for e in episodes], episodes):
+        replay = Replay(2000, head.layout.latent_shape)
+        loader = OfflineLoader(fork_base, head, Keeper(inverts=True), SACConfig(n_step=1), OfflineConfig())
+        loader.fill(replay, made)
+        known.append(MixedReplay(Replay(9, head.layout.latent_shape), replay, 0.5, loader.actions.hexdigest()).sha256)
+    assert known[0] == known[2] != known[1]
 
 
 def test_data_that_the_base_cannot_do_are_said_to_be_so(fork_base, head, episodes, tmp_path, caplog):

@@ -10,12 +10,13 @@ from dsrl_vla.cli import main
 from dsrl_vla.errors import DsrlError
 from dsrl_vla.head import HeadConfig, SteeringHead
 from dsrl_vla.latent_sac import SACConfig
+from dsrl_vla.mixed_replay import MixedReplay
 from dsrl_vla.nano.demos import DemoConfig, collect
 from dsrl_vla.networks import NetworkConfig
 from dsrl_vla.noise import NoiseLayout
 from dsrl_vla.noise_bank import ACTION, BANK_ACTION, BANK_LATENT, BankConfig, BankKeeper, Keeper, PrefixKeeper
 from dsrl_vla.observation import batch
-from dsrl_vla.offline import MixedReplay, OfflineConfig, OfflineLoader, check_episode, sparse_success
+from dsrl_vla.offline import OfflineConfig, OfflineLoader, check_episode, sparse_success
 from dsrl_vla.offline_sources import fill, load_relabel, read_episodes, read_npz, write_npz
 from dsrl_vla.recording import demonstrate, record
 from dsrl_vla.replay import Replay

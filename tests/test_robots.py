@@ -714,16 +714,20 @@ def test_sac_learns_from_the_policys_part_alone(fork_base, tmp_path):
 
 @pytest.mark.parametrize("algorithm", ["sac", "na"])
 def test_the_noise_behind_a_persons_actions_is_found_and_imitated(fork_base, tmp_path, algorithm):
-    made, replay = collector(fork_base, tmp_path, [(0, 6, "take-over")], algorithm=algorithm, imitate=1.0)
+    script = [(0, 6, "take-over"), (1, 6, "take-over"), (1, 9, "success")]
+    made, replay = collector(fork_base, tmp_path, script, algorithm=algorithm, imitate=1.0)
     with made.task:
         made.step(warm_up=False)
+        made.step(warm_up=False)
     human = made.journal.read(0).decisions["human"]
-    assert human.tolist() == [False, False, True, True] and made.decisions == 4
-    assert replay.index[: len(replay)].tolist() == [[0, 2], [1, 2], [2, 4], [3, 4]]
-    reach = replay.extras["reach"][:4]
-    assert (reach[:2] == 0).all() and (reach[2:] > 0).all()
+    assert human.tolist() == [False, False, True, True]
+    assert replay.index[: len(replay)].tolist()[:4] == [[0, 2], [1, 2], [2, 4], [3, 4]]
+    reach, imitated = replay.extras["reach"], replay.extras["imitated"]
+    assert (reach[:2] == 1).all() and (reach[2:4] > 0).all() and (reach[2:4] < 1).all()
     assert (replay.latent[2:4].abs().sum((1, 2)) > 0).all()
     assert made.journal.read(0).noise[human].isnan().all()  # nobody drew it
+    assert made.journal.read(1).success and imitated[:4].sum() == 0  # the first episode failed
+    assert imitated[5 : 5 + len(made.journal.read(1))].tolist() == made.journal.read(1).decisions["human"].tolist()
 
 
 def test_an_episode_waits_until_the_disk_takes_it(fork_base, tmp_path, monkeypatch, caplog):

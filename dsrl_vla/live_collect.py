@@ -74,7 +74,7 @@ class EpisodeCollector(Collector):
     """A collector for a `LiveTask`, of which there is one environment: a step is an episode.
 
     Where a person drives, the base is not asked, so that it does not slow them down; their actions are labelled
-    once the episode is over, and enter the replay only where the algorithm learns from actions.
+    once the episode is over, and enter the replay only where the algorithm learns from actions or finds their noise.
 
     Raises:
         DsrlError: a robot in dry run.

@@ -206,7 +206,7 @@ class OfflineLoader:
         number: int,
     ) -> tuple[np.ndarray, torch.Tensor]:
         """Store what there was to see at these steps, with what is kept of each; return their numbers, and latents."""
-        observations = _rows(episode, starts)
+        observations = episode_rows(episode, starts)
         encoding = self.base.encode(observations)
         inputs = self.head.read(observations, encoding)
         numbers = replay.observe(inputs)
@@ -221,12 +221,23 @@ class OfflineLoader:
     def _chunks(
         self, episode: OfflineEpisode, starts: np.ndarray, length: int
     ) -> tuple[torch.Tensor, np.ndarray, np.ndarray]:
-        """Executed chunks (B, k, A), the last action held beyond the end; rewards and steps of each."""
+        """Executed chunks (B, k, A), rewards and steps of each."""
         k = self.base.spec.executed_steps
-        steps = np.minimum(k, length - starts)
-        index = np.minimum(starts[:, None] + np.arange(k), length - 1)
-        action = torch.from_numpy(np.asarray(episode["action"], dtype=np.float32)[index])
-        return action, self.sac.chunk_reward(np.asarray(episode["reward"], dtype=np.float64)[index], steps), steps
+        chunk, steps = episode_chunks(episode, starts, k)
+        reward = np.asarray(episode["reward"], dtype=np.float64)[_held(starts, k, length)]
+        return chunk, self.sac.chunk_reward(reward, steps), steps
+
+
+def _held(starts: np.ndarray, k: int, length: int) -> np.ndarray:
+    """Steps of chunks, (B, k), the last one held beyond the end."""
+    return np.minimum(starts[:, None] + np.arange(k), length - 1)
+
+
+def episode_chunks(episode: OfflineEpisode, starts: np.ndarray, k: int) -> tuple[torch.Tensor, np.ndarray]:
+    """Chunks (B, k, A) of an episode's actions, its last one held beyond the end; and how many steps are its own."""
+    length = len(episode["action"])
+    action = np.asarray(episode["action"], dtype=np.float32)[_held(starts, k, length)]
+    return torch.from_numpy(action), np.minimum(k, length - starts)
 
 
 def _failed(episode: OfflineEpisode) -> bool:
@@ -234,7 +245,8 @@ def _failed(episode: OfflineEpisode) -> bool:
     return "success" in episode and not np.max(episode["success"])
 
 
-def _rows(episode: OfflineEpisode, rows: np.ndarray) -> Observations:
+def episode_rows(episode: OfflineEpisode, rows: np.ndarray) -> Observations:
+    """What there was to see at these steps, as a batch."""
     found: Observations = {k: np.asarray(v)[rows] for k, v in episode.items() if k.startswith("observation.")}
     found[STATE] = found[STATE].astype(np.float32)
     if PROMPT in episode:

@@ -34,12 +34,11 @@ from .errors import DsrlError, bad, missing_extra
 from .observation import IMAGE_PREFIX, PROMPT
 from .offline import OfflineConfig, OfflineEpisode, OfflineLoader, Relabel, demonstrations, sparse_success
 from .offline_robomimic import read_robomimic
+from .reachability import FAR
 from .replay import Replay
 from .run_dir import replacing
 
 log = logging.getLogger(__name__)
-_NEAR = 0.2
-"""Mean reach of recorded actions below which there is little to imitate."""
 _SHIPPED = {"sparse_success": sparse_success, "demonstrations": demonstrations}
 _SCALARS = ("reward", "success", "human", "decision", "next.terminated")
 OBS_IMAGE = "observation.image"  # LeRobot's name of an only camera
@@ -75,7 +74,7 @@ def fill(replay: Replay, loader: OfflineLoader) -> None:
         chunk = loader.base.spec.executed_steps
         wanted = f"an episode that terminated, or one of more than the {chunk} steps of a chunk"
         raise bad(f"offline.source {', '.join(loader.config.sources)}", wanted, "none, so nothing to learn from")
-    if loader.reach and (reach := sum(loader.reach) / len(loader.reach)) < _NEAR:
+    if loader.reach and (reach := sum(loader.reach) / len(loader.reach)) < FAR:
         words = (
             "offline data: the noise found for recorded actions comes hardly nearer to them than random noise does "
             "(reach %.2f of 1): the base does not act like that, or noise.bound or noise.layout keeps it from it."

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
 
 from .measures import shown, shown_gain, yardstick
+
+if TYPE_CHECKING:
+    from .reachability import Reachability
 
 
 def _row(name: str, measure: dict[str, Any]) -> tuple[str, str, str]:
@@ -36,6 +40,19 @@ def print_preflight(result: dict[str, Any]) -> None:
     console.print(advice["words"])
     what = "recommended" if advice["worth_steering"] else "if you train all the same"
     console.print(f"{what}: --noise.layout {advice['layout']} --noise.bound {advice['bound']:g}")
+
+
+def print_reach(base: str, data: Path, found: list[Reachability]) -> None:
+    """Print how near noise comes to what was done, in each layout."""
+    table = Table(title=f"{base} on {data}, {len(found[0].reach)} decisions")
+    for name in ("layout", "bound", "numbers", "reach"):
+        table.add_column(name, justify="left" if name == "layout" else "right")
+    table.add_column("its 10, 50 and 90 %", justify="right")
+    for each in found:
+        told, (vectors, columns) = each.to_json(), each.layout.latent_shape
+        below = ", ".join(f"{value:.2f}" for value in told["quantiles"].values())
+        table.add_row(told["layout"], f"{told['bound']:g}", str(vectors * columns), f"{each.mean:.2f}", below)
+    Console().print(table)
 
 
 def print_evaluation(result: dict[str, Any]) -> None:

@@ -249,6 +249,26 @@ def test_data_that_the_base_cannot_do_are_said_to_be_so(fork_base, head, episode
         assert (words in caplog.text) if words else not caplog.text
 
 
+def test_reach_tells_whether_a_base_can_do_what_is_shown(fork_recipe, tmp_path, episodes, capsys):
+    data, out = tmp_path / "shown.npz", tmp_path / "reach.json"
+    write_npz(data, [{k: v for k, v in e.items() if k != "noise"} for e in episodes])
+    options = ["--episodes", "3", "--layouts", "repeat", "chunk", "--bounds", "0.5", "1.5", "--out", str(out)]
+    assert main(["reach", str(fork_recipe), str(data), *options]) == 0
+    told, printed = json.loads(out.read_text()), capsys.readouterr().out
+    assert [(e["layout"], e["bound"]) for e in told["layouts"]] == [
+        ("repeat", 0.5), ("repeat", 1.5), ("chunk", 0.5), ("chunk", 1.5)
+    ]  # fmt: skip
+    reach = {(e["layout"], e["bound"]): e["reach"] for e in told["layouts"]}
+    assert reach["repeat", 0.5] < reach["repeat", 1.5] < reach["chunk", 1.5] <= 1
+    assert told["decisions"] == sum(-(-len(e["action"]) // 4) for e in episodes[:3])
+    assert "'chunk' within 1.5 takes away" in printed and told["words"] in printed
+    assert main(["reach", str(fork_recipe), str(data), "--out", str(out)]) == 2
+    assert "expected a new file that ends in .json, got one that exists" in capsys.readouterr().err
+    write_npz(tmp_path / "strange.npz", [e | {"action": e["action"] * 0 + 30.0} for e in episodes])
+    assert main(["reach", str(fork_recipe), str(tmp_path / "strange.npz"), "--episodes", "2"]) == 0
+    assert "the base does not act like that" in capsys.readouterr().out
+
+
 @pytest.fixture
 def demonstrated(fork_recipe, tmp_path):
     """A recipe that learns from 40 recorded episodes, half of them failures, and never acts."""

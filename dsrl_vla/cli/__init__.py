@@ -16,6 +16,7 @@ from .evaluating import run_eval
 from .exporting import run_export, run_export_policy
 from .listing import init_recipe, list_adapters, list_recipes
 from .measuring import run_preflight, run_record, run_search
+from .reaching import run_reach
 from .serving import run_serve
 from .sharing import run_inspect, run_pull, run_push
 from .training import run_pretrain, run_train
@@ -61,6 +62,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "serve": run_serve,
     "search": run_search,
     "record": run_record,
+    "reach": run_reach,
     "drive": run_drive,
     "export": run_export,
     "export-policy": run_export_policy,

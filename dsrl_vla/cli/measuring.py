@@ -58,7 +58,7 @@ class SearchArgs:
 
 @dataclass(frozen=True)
 class RecordArgs:
-    """Record rollouts of a recipe's base, or demonstrations, as offline data (npz) for algorithm na."""
+    """Record rollouts of a recipe's base, or demonstrations, as offline data (npz): see `dsrl_vla.offline`."""
 
     recipe: tyro.conf.Positional[str]
     """Name of a shipped recipe or a YAML file; recipe fields are options too."""

@@ -1,0 +1,85 @@
+"""Can this base do what these episodes show? Asked of data alone: nothing moves, and nothing is learnt.
+
+Of every decision in them the noise that comes nearest is looked for (`dsrl_vla.inversion`), in every layout and bound.
+Where it comes no nearer than chance, there is nothing for ``sac.imitate`` to imitate.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from .episodes import episode_generators
+from .errors import bad
+from .inversion import invert
+from .noise import NoiseLayout
+from .offline import OfflineEpisode, check_episode, demonstrations, episode_chunks, episode_rows
+from .policy import FrozenPolicy
+
+FAR = 0.2
+"""Mean reach below which the base does not act like that."""
+_QUANTILES = (0.1, 0.5, 0.9)
+
+
+@dataclass(frozen=True)
+class Reachability:
+    """What was found in a layout."""
+
+    layout: NoiseLayout
+    reach: np.ndarray
+    """(decisions,), from 0 to 1: see `dsrl_vla.inversion.Inverted`."""
+
+    @property
+    def mean(self) -> float:
+        """Over all decisions."""
+        return float(self.reach.mean())
+
+    def to_json(self) -> dict[str, Any]:
+        """What reach.json holds of it."""
+        quantiles = np.quantile(self.reach, _QUANTILES).round(4).tolist()
+        named = dict(zip((f"{q:g}" for q in _QUANTILES), quantiles, strict=True))
+        layout = self.layout
+        return {"layout": layout.name, "bound": layout.bound, "reach": round(self.mean, 4), "quantiles": named}
+
+
+def reachability(
+    base: FrozenPolicy,
+    layouts: list[NoiseLayout],
+    episodes: Iterable[OfflineEpisode],
+    on_episode: Callable[[], None] = lambda: None,
+) -> list[Reachability]:
+    """How near noise in each layout comes to what was done in the episodes; their rewards play no part.
+
+    Raises:
+        DsrlError: no layout; no episode; one that does not fit the base.
+    """
+    if not layouts:
+        raise bad("reach --layouts", "at least one", "none")
+    found: list[list[torch.Tensor]] = [[] for _ in layouts]
+    for number, episode in enumerate(map(demonstrations, episodes)):
+        length = check_episode(episode, number, base)
+        starts = np.arange(0, length, base.spec.executed_steps)
+        chunk, steps = episode_chunks(episode, starts, base.spec.executed_steps)
+        encoding = base.encode(episode_rows(episode, starts))
+        for reach, layout in zip(found, layouts, strict=True):
+            streams = [episode_generators([number], int(start))[0] for start in starts]
+            reach.append(invert(base, encoding, layout, chunk, torch.from_numpy(steps), streams).reach)
+        on_episode()
+    if not found[0]:
+        raise bad("reach", "data with episodes", "none")
+    return [Reachability(layout, torch.cat(each).numpy()) for layout, each in zip(layouts, found, strict=True)]
+
+
+def verdict(found: list[Reachability]) -> str:
+    """In words."""
+    best = max(found, key=lambda each: each.mean)
+    how = (
+        f"'{best.layout.name}' within {best.layout.bound:g} takes away {best.mean:.0%} of what separates random noise"
+    )
+    if best.mean < FAR:
+        return f"{how} from what was done: the base does not act like that, and there is little to imitate."
+    return f"{how} from what was done. What more numbers win is partly the demonstrator's unsteadiness."

@@ -16,7 +16,8 @@ from .replay import Batch
 def imitation_loss(head: SteeringHead, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """E[reach |mode pi(s) - u|^2 / (n d)], u the noise that was found, reach how near it comes to what was done.
 
-    Only over what somebody else did, in an episode that is not known to have failed.
+    Only what somebody else did counts, in an episode that is not known to have failed (a person's on a robot: that is
+    known to have succeeded); the mean is over the whole batch, of which it is a part once there are online data.
     """
     mode = head.distribution(batch.inputs)[0].tanh()
     weight = batch.extras[REACH] * batch.extras[IMITATED]

@@ -38,8 +38,18 @@ class Inverted:
     """(B, n, d) in [-1, 1]."""
     reach: torch.Tensor
     """(B,) from 0, no nearer to the recorded chunk than random noise comes, to 1: the chunk itself. It is the share of
-    the mean squared distance of random draws that the noise found takes away; 0 where the base, or what was recorded,
-    is not finite."""
+    the mean squared distance of random draws that the noise found takes away; 0 where noise makes no difference (the
+    base does it anyway, or never), and where the base, or what was recorded, is not finite."""
+
+
+def check_layout(layout: NoiseLayout) -> None:
+    """Refuse a layout of more numbers than are searched."""
+    n, d = layout.latent_shape
+    if n * d > _MOST:
+        what = f"'{layout.name}' of {n * d}"
+        raise bad(
+            "noise.layout", f"one of at most {_MOST} numbers to look for", what, "repeat or knots:<n> has fewer."
+        )
 
 
 @torch.no_grad()
@@ -64,10 +74,8 @@ def invert(
     Raises:
         DsrlError: a layout of more numbers than are searched.
     """
+    check_layout(layout)
     n, d = layout.latent_shape
-    if n * d > _MOST:
-        fix = "noise.layout repeat or knots:<n> has fewer."
-        raise bad("sac.imitate", f"a layout of at most {_MOST} numbers", f"'{layout.name}' of {n * d}", fix)
     batch, k = chunk.shape[:2]
     draws = torch.stack([torch.rand(_DRAWS, n * d, generator=g) for g in generators]) * 2 - 1
     latents = torch.cat([torch.zeros(batch, 1, n * d), draws], 1)
@@ -98,7 +106,7 @@ class _Guess:
 
     @property
     def apart(self) -> torch.Tensor:
-        return self.wrong.square().sum(1)
+        return self.wrong.square().sum(1).nan_to_num(torch.inf)
 
     def or_nearer(self, other: _Guess, where: torch.Tensor | bool = True) -> _Guess:
         """Row by row the other one, if it is nearer."""

@@ -33,7 +33,7 @@ from .replay import Replay
 
 OfflineEpisode = dict[str, Any]
 Relabel = Callable[[OfflineEpisode], OfflineEpisode]
-_AT_A_TIME = 64  # decisions that the base is asked for: an episode may be long, and a prefix large
+AT_A_TIME = 64  # decisions that the base is asked for: an episode may be long, and a prefix large
 
 
 @dataclass(frozen=True)
@@ -128,6 +128,8 @@ def sparse_success(episode: OfflineEpisode) -> OfflineEpisode:
 
 def demonstrations(episode: OfflineEpisode) -> OfflineEpisode:
     """Relabel, for data without rewards: every episode is a success, -1 per step and 0 on the last."""
+    if "action" not in episode:
+        raise bad("an offline episode", "a field 'action'", ", ".join(sorted(episode)))
     return sparse_success(episode | {"success": np.ones(len(episode["action"]), dtype=bool)})
 
 
@@ -181,8 +183,8 @@ class OfflineLoader:
         chunk, reward, steps = self._chunks(episode, starts, length)
         self.actions.update(chunk.numpy().tobytes())
         numbers, latent = np.zeros(len(starts), dtype=np.int64), torch.zeros(len(starts), *replay.latent.shape[1:])
-        for at in range(0, len(starts), _AT_A_TIME):
-            some = slice(at, at + _AT_A_TIME)
+        for at in range(0, len(starts), AT_A_TIME):
+            some = slice(at, at + AT_A_TIME)
             done = chunk[some], torch.from_numpy(steps[some])
             numbers[some], latent[some] = self._observe(replay, episode, starts[some], done, number)
         windows = NStepWindows(self.sac.n_step, 1, replay.add)

@@ -34,7 +34,7 @@ from .errors import DsrlError, bad, missing_extra
 from .observation import IMAGE_PREFIX, PROMPT
 from .offline import OfflineConfig, OfflineEpisode, OfflineLoader, Relabel, demonstrations, sparse_success
 from .offline_robomimic import read_robomimic
-from .reachability import FAR
+from .reachability import FAR, FAR_WORDS
 from .replay import Replay
 from .run_dir import replacing
 
@@ -77,9 +77,9 @@ def fill(replay: Replay, loader: OfflineLoader) -> None:
     if loader.reach and (reach := sum(loader.reach) / len(loader.reach)) < FAR:
         words = (
             "offline data: the noise found for recorded actions comes hardly nearer to them than random noise does "
-            "(reach %.2f of 1): the base does not act like that, or noise.bound or noise.layout keeps it from it."
+            "(reach %.2f of 1): %s, or noise.bound or noise.layout keeps it from it."
         )
-        log.warning(words, reach)
+        log.warning(words, reach, FAR_WORDS)
     if replay.added > replay.capacity:
         words = (
             "offline data: train.replay_capacity has room for the last %d of %d decisions; the others are left out."

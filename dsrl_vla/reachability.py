@@ -15,13 +15,14 @@ import torch
 
 from .episodes import episode_generators
 from .errors import bad
-from .inversion import invert
+from .inversion import check_layout, invert
 from .noise import NoiseLayout
-from .offline import OfflineEpisode, check_episode, demonstrations, episode_chunks, episode_rows
+from .offline import AT_A_TIME, OfflineEpisode, check_episode, demonstrations, episode_chunks, episode_rows
 from .policy import FrozenPolicy
 
 FAR = 0.2
-"""Mean reach below which the base does not act like that."""
+"""Mean reach below which there is little to imitate."""
+FAR_WORDS = "the base does not act like that, or does so whatever its noise"
 _QUANTILES = (0.1, 0.5, 0.9)
 
 
@@ -55,19 +56,21 @@ def reachability(
     """How near noise in each layout comes to what was done in the episodes; their rewards play no part.
 
     Raises:
-        DsrlError: no layout; no episode; one that does not fit the base.
+        DsrlError: a layout of more numbers than are searched; no episode; one that does not fit the base.
     """
-    if not layouts:
-        raise bad("reach --layouts", "at least one", "none")
+    for layout in layouts:
+        check_layout(layout)
     found: list[list[torch.Tensor]] = [[] for _ in layouts]
     for number, episode in enumerate(map(demonstrations, episodes)):
         length = check_episode(episode, number, base)
-        starts = np.arange(0, length, base.spec.executed_steps)
-        chunk, steps = episode_chunks(episode, starts, base.spec.executed_steps)
-        encoding = base.encode(episode_rows(episode, starts))
-        for reach, layout in zip(found, layouts, strict=True):
-            streams = [episode_generators([number], int(start))[0] for start in starts]
-            reach.append(invert(base, encoding, layout, chunk, torch.from_numpy(steps), streams).reach)
+        decisions = np.arange(0, length, base.spec.executed_steps)
+        for at in range(0, len(decisions), AT_A_TIME):
+            starts = decisions[at : at + AT_A_TIME]
+            chunk, steps = episode_chunks(episode, starts, base.spec.executed_steps)
+            encoding = base.encode(episode_rows(episode, starts))
+            for reach, layout in zip(found, layouts, strict=True):
+                streams = [episode_generators([number], int(start))[0] for start in starts]
+                reach.append(invert(base, encoding, layout, chunk, torch.from_numpy(steps), streams).reach)
         on_episode()
     if not found[0]:
         raise bad("reach", "data with episodes", "none")
@@ -81,5 +84,5 @@ def verdict(found: list[Reachability]) -> str:
         f"'{best.layout.name}' within {best.layout.bound:g} takes away {best.mean:.0%} of what separates random noise"
     )
     if best.mean < FAR:
-        return f"{how} from what was done: the base does not act like that, and there is little to imitate."
+        return f"{how} from what was done: {FAR_WORDS}, and there is little to imitate."
     return f"{how} from what was done. What more numbers win is partly the demonstrator's unsteadiness."

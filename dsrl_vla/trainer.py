@@ -25,6 +25,7 @@ from .faults import TrainingFaults
 from .finalists import Finalist, Finalists
 from .head import HeadConfig, SteeringHead
 from .interrupts import stop_requests
+from .inversion import check_layout
 from .learners import build_learner
 from .measures import YARDSTICKS
 from .mixed_replay import MixedReplay
@@ -78,6 +79,8 @@ class Trainer:
         torch.manual_seed(config.seed)
         self.head = _new_head(recipe, base)
         layout = self.head.layout
+        if sac.imitate:
+            check_layout(layout)
         self.searched = self._warm_start() if config.warm_start == "ticket" else 0
         """Environment steps of the search for a ticket, which count."""
         lows, highs = zip(*(info.reward_range for info in task.infos), strict=True)

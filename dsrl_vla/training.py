@@ -137,6 +137,8 @@ def train(
 def _check_task(recipe: Recipe, base: FrozenPolicy, info: TaskInfo) -> None:
     """Refuse a task that the base, the head or the recipe does not fit."""
     base.check_task(info)
+    if recipe.sac.imitate and not (recipe.offline.source or info.live):
+        raise bad("sac.imitate", "offline.source, or a robot whose operator takes over", "nobody to imitate")
     if absent := [name for name in recipe.head.cameras if name not in info.cameras]:
         there = ", ".join(info.cameras) or "none"
         raise bad("head.cameras", f"cameras of the task '{info.uri}' ({there})", f"'{absent[0]}'")

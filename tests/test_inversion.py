@@ -104,7 +104,7 @@ def test_a_layout_of_too_many_numbers_is_refused(tiny_pi0, observation, monkeypa
     layout = NoiseLayout(tiny_pi0.spec.noise, "chunk", 1.5)
     encoding = tiny_pi0.encode(batch([observation(tiny_pi0, 0)]))
     chunk = torch.zeros(1, tiny_pi0.spec.executed_steps, tiny_pi0.spec.action_dim)
-    with pytest.raises(DsrlError, match=r"sac\.imitate: expected a layout of at most 10 numbers, got 'chunk' of"):
+    with pytest.raises(DsrlError, match=r"noise\.layout: expected one of at most 10 numbers to look for, got 'chunk'"):
         invert(tiny_pi0, encoding, layout, chunk, whole(tiny_pi0, 1), generators([0]))
 
 
@@ -262,6 +262,13 @@ def test_reach_tells_whether_a_base_can_do_what_is_shown(fork_recipe, tmp_path, 
     assert reach["repeat", 0.5] < reach["repeat", 1.5] < reach["chunk", 1.5] <= 1
     assert told["decisions"] == sum(-(-len(e["action"]) // 4) for e in episodes[:3])
     assert "'chunk' within 1.5 takes away" in printed and told["words"] in printed
+    assert main(["reach", str(fork_recipe), str(data), "--episodes", "0"]) == 2
+    assert "reach --episodes: expected 1 or more, got 0" in capsys.readouterr().err
+    np.savez(tmp_path / "bare.npz", **{"episode_index": np.zeros(3, int), "observation.state": np.zeros((3, 4))})
+    assert main(["reach", str(fork_recipe), str(tmp_path / "bare.npz")]) == 2
+    assert "an offline episode: expected a field 'action', got episode_index" in capsys.readouterr().err.replace(
+        "observation.state", "episode_index"
+    )
     assert main(["reach", str(fork_recipe), str(data), "--out", str(out)]) == 2
     assert "expected a new file that ends in .json, got one that exists" in capsys.readouterr().err
     write_npz(tmp_path / "strange.npz", [e | {"action": e["action"] * 0 + 30.0} for e in episodes])
@@ -303,6 +310,14 @@ def test_it_goes_on_online_and_is_resumed_bit_for_bit(demonstrated, fork_base, t
     (tmp_path / "two" / "recipe.yaml").write_text(recipe.to_yaml())
     two = train(recipe, tmp_path / "two", base=fork_base, resume=True, evaluate_after=False)
     assert all(torch.equal(a, b) for a, b in zip(one.head.parameters(), two.head.parameters(), strict=True))
+
+
+def test_there_has_to_be_somebody_to_imitate(fork_recipe, fork_base, tmp_path):
+    recipe = load_recipe(fork_recipe, {"sac": {"imitate": 1.0}})
+    with pytest.raises(
+        DsrlError, match=r"sac\.imitate: expected offline\.source, or a robot whose operator takes over"
+    ):
+        train(recipe, tmp_path / "run", base=fork_base)
 
 
 def test_sac_needs_to_imitate_to_learn_from_such_data(demonstrated):

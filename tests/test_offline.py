@@ -136,7 +136,7 @@ def test_a_stride_beyond_a_chunk_is_refused(fork_base, head, episodes):
 def test_a_long_episode_asks_the_base_for_a_few_decisions_at_a_time(fork_base, head, episodes, monkeypatch):
     whole = filled(fork_base, head, episodes)
     batches, real = [], fork_base._encode
-    monkeypatch.setattr(offline, "_AT_A_TIME", 3)
+    monkeypatch.setattr(offline, "AT_A_TIME", 3)
     monkeypatch.setattr(
         fork_base, "_encode", lambda seen, count: batches.append(count) or real(seen, count), raising=False
     )

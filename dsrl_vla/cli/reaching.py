@@ -36,6 +36,10 @@ def run_reach(argv: list[str]) -> int:
     recipe = read_recipe(args.recipe, rest)
     if args.out and (args.out.suffix != ".json" or args.out.exists()):
         raise bad(f"{args.out}", "a new file that ends in .json", "one that exists" if args.out.exists() else args.out)
+    if args.episodes < 1:
+        raise bad("reach --episodes", "1 or more", args.episodes)
+    import itertools
+
     from tqdm import tqdm
 
     from ..noise import NoiseLayout
@@ -46,6 +50,7 @@ def run_reach(argv: list[str]) -> int:
     from ..tables import print_reach
 
     episodes = read_episodes(OfflineConfig(str(args.data), episodes=args.episodes))
+    first = next(episodes)  # what is wrong with a file is told before a base is loaded
     base, noise = recipe.base.load(), recipe.noise
     layouts = [
         NoiseLayout(base.spec.noise, name, bound, noise.columns)
@@ -53,7 +58,7 @@ def run_reach(argv: list[str]) -> int:
         for bound in args.bounds or (noise.bound,)
     ]
     with tqdm(total=args.episodes, unit="episode", desc="reach", disable=None) as bar:
-        found = reachability(base, layouts, episodes, bar.update)
+        found = reachability(base, layouts, itertools.chain([first], episodes), bar.update)
     print_reach(base.spec.uri, args.data, found)
     print(verdict(found))
     if args.out:

@@ -11,7 +11,11 @@ import yaml
 from dsrl_vla import load_recipe, train
 from dsrl_vla.draws import Share, normal, uniform
 from dsrl_vla.errors import DsrlError
+from dsrl_vla.offline_sources import write_npz
+from dsrl_vla.recording import record
+from dsrl_vla.rollout import TaskConfig
 from dsrl_vla.run_dir import load_checkpoint
+from dsrl_vla.sources import PriorNoise
 
 CHILD = """
 import atexit, os, sys
@@ -85,8 +89,16 @@ def written(fork_folder, tmp_path):
     return write
 
 
-@pytest.mark.parametrize("algorithm, more", [("sac", {}), ("na", {"rollout": {"backend": "process"}})])
-def test_two_processes_do_what_one_does(written, tmp_path, algorithm, more):
+WORKER = {"rollout": {"backend": "process"}}
+IMITATING = WORKER | {"sac": {"batch": 64, "n_step": 3, "imitate": 1.0}, "offline": {"updates": 20}}
+
+
+@pytest.mark.parametrize("algorithm, more", [("sac", {}), ("na", WORKER), ("sac", IMITATING)])
+def test_two_processes_do_what_one_does(written, fork_base, tmp_path, algorithm, more):
+    if "offline" in more:
+        more = more | {"offline": more["offline"] | {"source": str(tmp_path / "shown.npz")}}
+        shown = record(fork_base, TaskConfig("point:fork", 40, 1), PriorNoise(fork_base.spec.noise), range(6))
+        write_npz(tmp_path / "shown.npz", shown)
     recipe, path = written(algorithm, **more)
     (tmp_path / "child.py").write_text(CHILD)
     train(recipe, tmp_path / "one", evaluate_after=False)

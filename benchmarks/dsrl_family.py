@@ -5,9 +5,9 @@
 Every variant uses the shipped recipe of its task. Offline data are recorded episodes of the base, its noise drawn in
 the recipe's layout: 50 before learning online, drawn at every decision; 400 to learn from alone, drawn once per
 episode. `demonstrations` starts from 50 of the task's scripted expert instead and imitates the noise found behind
-them, by the recipe's own algorithm, for 8,000 steps at most; `demonstrations-alone` takes none. Runs are kept under
-runs/family/, and neither they nor those that the results file already holds with the present recipes are repeated;
-what steer_metaworld.py has run, with the shipped algorithm, is taken over from there.
+them, by the recipe's own algorithm, for 8,000 steps at most. Runs are kept under runs/family/, and neither they nor
+those that the results file already holds with the present recipes are repeated; what steer_metaworld.py has run, with
+the shipped algorithm, is taken over from there.
 ogbench-cube-2, which is not among the default tasks, needs its base first: `dsrl-vla pretrain nano-ogbench-cube --out
 bases/ogbench-cube`. Writes benchmarks/results/dsrl_family.json, and prints the table.
 """
@@ -30,9 +30,6 @@ from steer_metaworld import base_measures, learning_curve, recipe_for
 
 RUNS = Path("runs/family")
 NA = {"algorithm": "na", "eval": {"baselines": ["best-of-k"], "video_episodes": 0}}
-IMITATE = {"sac": {"imitate": 1.0, "jitter": 0.2}, "offline": {"updates": 2000, "stride": 2}}
-"""Jitter: in development, on pick-place, 50 demonstrations imitated alone gave 0.72 without, 0.93 and 0.94 with 0.1
-and 0.3, for they are learnt by heart otherwise."""
 VARIANTS: dict[str, dict[str, Any]] = {
     "sac": {"algorithm": "sac"},
     "na": NA,
@@ -40,19 +37,17 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "na-exact": {"algorithm": "na-exact"},
     "offline-to-online": NA | {"offline": {"updates": 2000, "stride": 2}, "train": {"learning_starts": 1}},
     "offline": NA | {"offline": {"updates": 6000, "stride": 2}, "train": {"env_steps": 0}},
-    "demonstrations": IMITATE | {"train": {"learning_starts": 1, "env_steps": 8000}},
-    "demonstrations-alone": IMITATE | {"train": {"env_steps": 0}},
+    "demonstrations": {
+        "sac": {"imitate": 1.0, "jitter": 0.2},
+        "offline": {"updates": 2000, "stride": 2},
+        "train": {"learning_starts": 1, "env_steps": 8000},
+    },
     "ticket": {},
 }
 DISCOUNT = {"pick-place": 0.98, "push": 0.98}
 """Of what goes online from offline data, on the tasks where DSRL-NA levels off below 0.9 at the recipe's 0.99; as
 `na-0.98` DSRL-NA is run with it by itself too."""
-RECORDED = {
-    "offline-to-online": ("layout", 50),
-    "offline": ("held", 400),
-    "demonstrations": ("expert", 50),
-    "demonstrations-alone": ("expert", 50),
-}
+RECORDED = {"offline-to-online": ("layout", 50), "offline": ("held", 400), "demonstrations": ("expert", 50)}
 """Offline episodes of a variant: what `record --noise` (or `--demonstrator`) is told, and how many."""
 
 
@@ -61,7 +56,7 @@ class Args:
     """What to run."""
 
     tasks: tuple[str, ...] = ("drawer-open", "pick-place", "sweep-into", "push", "peg-insert-side")
-    variants: tuple[str, ...] = tuple(v for v in VARIANTS if v not in ("na-0.98", "demonstrations-alone"))
+    variants: tuple[str, ...] = tuple(v for v in VARIANTS if v != "na-0.98")
     seeds: tuple[int, ...] = (0, 1, 2)
     workers: int = 2
     report_only: bool = False
@@ -238,10 +233,7 @@ def collect(args: Args) -> dict[str, Any]:
     return found
 
 
-COLUMNS = (
-    *("sac", "na", "na-0.98", "na-exact", "offline-to-online", "offline", "demonstrations", "demonstrations-alone"),
-    *("ticket", "best-of-k"),
-)
+COLUMNS = ("sac", "na", "na-0.98", "na-exact", "offline-to-online", "offline", "demonstrations", "ticket", "best-of-k")
 
 
 def successes(variants: dict[str, Any], column: str) -> list[float]:

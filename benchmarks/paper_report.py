@@ -229,17 +229,15 @@ def online_section(*files: dict[str, Any]) -> list[str]:
     columns = "task | 50 episodes | algorithm | steps to 0.90, with | without | share | 95 % interval | times fewer"
     lines = ["## Offline to online: with 50 recorded episodes, and without", "", f"| {columns} |", "|---" * 8 + "|"]
     tasks = [(task, entry["variants"]) for found in files for task, entry in found.items()]
+    held = [(task, name, runs, variants) for task, variants in tasks for name, runs in variants.items()]
     for kind, words in KINDS.items():
-        for task, variants in tasks:
-            for name, runs in variants.items():
-                if name.partition(",")[0] == kind and (alone := without(name, runs, variants)):
-                    cells = (task, words, algorithm(runs), speed(runs), speed(alone), share(runs, alone))
-                    lines.append(f"| {' | '.join(cells)} |")
+        for task, name, runs, variants in held:
+            if name.partition(",")[0] == kind and (alone := without(name, runs, variants)):
+                cells = (task, words, algorithm(runs), speed(runs), speed(alone), share(runs, alone))
+                lines.append(f"| {' | '.join(cells)} |")
     words = "Share: the mean of one over the mean of the other, its interval by bootstrap over seeds. A run that never"
-    more = (
-        "From demonstrations runs have 8,000 steps at most, and `sac.jitter` 0.2; the others 15,000 or 40,000, and 0."
-    )
-    return [*lines, "", f"{words} reaches 0.90 counts as all its steps: ≤ and ≥ say which way that errs. {more}", ""]
+    words += " reaches 0.90 counts as all its steps: ≤ and ≥ say which way that errs. From demonstrations runs have"
+    return [*lines, "", f"{words} 8,000 steps at most, and `sac.jitter` 0.2; the others 15,000 or 40,000, and 0.", ""]
 
 
 def without(name: str, runs: list[dict[str, Any]], variants: dict[str, Any]) -> list[dict[str, Any]]:

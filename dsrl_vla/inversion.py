@@ -18,6 +18,9 @@ from .errors import bad
 from .noise import NoiseLayout
 from .policy import Encoding, FrozenPolicy
 
+FAR = 0.2
+"""Mean reach below which there is little to imitate."""
+FAR_WORDS = "the base does not act like that, or does so whatever its noise"
 _DRAWS = 8
 """Random noises, from which the distance without any search is known."""
 _ITERATIONS = 4

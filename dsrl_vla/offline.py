@@ -212,7 +212,7 @@ class OfflineLoader:
         encoding = self.base.encode(observations)
         inputs = self.head.read(observations, encoding)
         numbers = replay.observe(inputs)
-        streams = [episode_generators([number], int(start))[0] for start in starts]
+        streams = decision_streams(number, starts)
         latent, extras = self.keeper.label(self.base, encoding, self.head, inputs, *done, streams)
         if REACH in extras:
             self.reach += extras[REACH].tolist()
@@ -240,6 +240,11 @@ def episode_chunks(episode: OfflineEpisode, starts: np.ndarray, k: int) -> tuple
     length = len(episode["action"])
     action = np.asarray(episode["action"], dtype=np.float32)[_held(starts, k, length)]
     return torch.from_numpy(action), np.minimum(k, length - starts)
+
+
+def decision_streams(number: int, starts: np.ndarray) -> list[torch.Generator]:
+    """A generator for each decision of an episode, whichever others are asked for with it."""
+    return [episode_generators([number], int(start))[0] for start in starts]
 
 
 def _failed(episode: OfflineEpisode) -> bool:

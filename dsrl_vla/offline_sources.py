@@ -31,10 +31,10 @@ from tqdm import tqdm
 
 from .entry_points import imported
 from .errors import DsrlError, bad, missing_extra
+from .inversion import FAR, FAR_WORDS
 from .observation import IMAGE_PREFIX, PROMPT
 from .offline import OfflineConfig, OfflineEpisode, OfflineLoader, Relabel, demonstrations, sparse_success
 from .offline_robomimic import read_robomimic
-from .reachability import FAR, FAR_WORDS
 from .replay import Replay
 from .run_dir import replacing
 

@@ -13,16 +13,20 @@ from typing import Any
 import numpy as np
 import torch
 
-from .episodes import episode_generators
 from .errors import bad
-from .inversion import check_layout, invert
+from .inversion import FAR, FAR_WORDS, check_layout, invert
 from .noise import NoiseLayout
-from .offline import AT_A_TIME, OfflineEpisode, check_episode, demonstrations, episode_chunks, episode_rows
+from .offline import (
+    AT_A_TIME,
+    OfflineEpisode,
+    check_episode,
+    decision_streams,
+    demonstrations,
+    episode_chunks,
+    episode_rows,
+)
 from .policy import FrozenPolicy
 
-FAR = 0.2
-"""Mean reach below which there is little to imitate."""
-FAR_WORDS = "the base does not act like that, or does so whatever its noise"
 _QUANTILES = (0.1, 0.5, 0.9)
 
 
@@ -69,7 +73,7 @@ def reachability(
             chunk, steps = episode_chunks(episode, starts, base.spec.executed_steps)
             encoding = base.encode(episode_rows(episode, starts))
             for reach, layout in zip(found, layouts, strict=True):
-                streams = [episode_generators([number], int(start))[0] for start in starts]
+                streams = decision_streams(number, starts)
                 reach.append(invert(base, encoding, layout, chunk, torch.from_numpy(steps), streams).reach)
         on_episode()
     if not found[0]:

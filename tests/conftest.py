@@ -82,6 +82,29 @@ def fork_base():
 
 
 @pytest.fixture(scope="session")
+def episodes(fork_base):
+    """Twelve recorded episodes of that base, some of which succeed."""
+    from dsrl_vla.recording import record
+    from dsrl_vla.rollout import TaskConfig
+    from dsrl_vla.sources import PriorNoise
+
+    return list(record(fork_base, TaskConfig("point:fork", 40, 1), PriorNoise(fork_base.spec.noise), range(12)))
+
+
+@pytest.fixture
+def head(fork_base):
+    """A small untrained head for that base."""
+    from dsrl_vla import SteeringHead
+    from dsrl_vla.head import HeadConfig
+    from dsrl_vla.networks import NetworkConfig
+    from dsrl_vla.noise import NoiseLayout
+
+    torch.manual_seed(0)
+    layout = NoiseLayout(fork_base.spec.noise, "repeat", 1.5)
+    return SteeringHead(HeadConfig.for_base(fork_base.spec, layout, NetworkConfig(width=16, layers=1)))
+
+
+@pytest.fixture(scope="session")
 def dppo_base(tmp_path_factory):
     """A checkpoint in DPPO's layout with random weights, loaded by the adapter."""
     from dppo_parts import save

@@ -8,35 +8,18 @@ import yaml
 from dsrl_vla import load_recipe, offline
 from dsrl_vla.cli import main
 from dsrl_vla.errors import DsrlError
-from dsrl_vla.head import HeadConfig, SteeringHead
 from dsrl_vla.latent_sac import SACConfig
 from dsrl_vla.mixed_replay import MixedReplay
 from dsrl_vla.nano.demos import DemoConfig, collect
-from dsrl_vla.networks import NetworkConfig
-from dsrl_vla.noise import NoiseLayout
 from dsrl_vla.noise_bank import ACTION, BANK_ACTION, BANK_LATENT, BankConfig, BankKeeper, Keeper, PrefixKeeper
 from dsrl_vla.observation import batch
 from dsrl_vla.offline import OfflineConfig, OfflineLoader, check_episode, sparse_success
 from dsrl_vla.offline_sources import fill, load_relabel, read_episodes, read_npz, write_npz
-from dsrl_vla.recording import demonstrate, record
+from dsrl_vla.recording import demonstrate
 from dsrl_vla.replay import Replay
 from dsrl_vla.rollout import TaskConfig
-from dsrl_vla.sources import PriorNoise
 
-FORK = TaskConfig("point:fork", 40, 1)
 GAMMA = 0.9
-
-
-@pytest.fixture(scope="module")
-def episodes(fork_base):
-    return list(record(fork_base, FORK, PriorNoise(fork_base.spec.noise), range(12)))
-
-
-@pytest.fixture
-def head(fork_base):
-    torch.manual_seed(0)
-    layout = NoiseLayout(fork_base.spec.noise, "repeat", 1.5)
-    return SteeringHead(HeadConfig.for_base(fork_base.spec, layout, NetworkConfig(width=16, layers=1)))
 
 
 def filled(fork_base, head, episodes, keeper=None, n_step=1, timeouts="bootstrap", **config):

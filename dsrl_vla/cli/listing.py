@@ -8,6 +8,8 @@ from typing import Annotated, Any
 
 import tyro
 
+from .options import check_new_file
+
 
 @dataclass(frozen=True)
 class ListArgs:
@@ -47,13 +49,12 @@ def init_recipe(argv: list[str]) -> int:
     args = tyro.cli(InitArgs, prog="dsrl-vla init-recipe", args=argv)
     import json
 
-    from ..errors import DsrlError, bad
+    from ..errors import DsrlError
     from ..first_recipe import first_recipe
     from ..recipe import load_recipe
     from ..run_dir import make_folder, write_text
 
-    if args.out.suffix != ".yaml" or args.out.exists():
-        raise bad(f"{args.out}", "a new file that ends in .yaml", "one that exists" if args.out.exists() else args.out)
+    check_new_file(args.out, ".yaml")
     text = first_recipe(args.preflight, args.out.stem)
     make_folder(args.out.parent)
     write_text(args.out, text)

@@ -10,7 +10,7 @@ import tyro
 
 from ..errors import bad
 from ..measures import shown
-from .options import parse, read_recipe
+from .options import check_new_file, parse, read_recipe
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -204,8 +204,7 @@ def run_record(argv: list[str]) -> int:
     from ..offline_sources import write_npz
     from ..run_dir import make_folder
 
-    if args.out.suffix != ".npz" or args.out.exists():
-        raise bad(f"{args.out}", "a new file that ends in .npz", "one that exists" if args.out.exists() else args.out)
+    check_new_file(args.out, ".npz")
     if args.skip < 0:
         raise bad("record --skip", "0 or more", args.skip)
     given = {"--noise": args.noise, "--run": args.run, "--demonstrator": args.demonstrator}

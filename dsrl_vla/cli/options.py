@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
 import tyro
 
-from ..errors import DsrlError, unknown
+from ..errors import DsrlError, bad, unknown
 
 
 def parse(kind: type, argv: list[str], command: str) -> tuple[Any, list[str]]:
@@ -35,6 +36,12 @@ def parse(kind: type, argv: list[str], command: str) -> tuple[Any, list[str]]:
     if unread:
         raise DsrlError(f"unexpected argument '{unread[0]}': expected an option such as --train.seed 3.")
     return args, rest
+
+
+def check_new_file(path: Path, suffix: str) -> None:
+    """Refuse to write over a file, or to one that is not named as what it will hold."""
+    if path.suffix != suffix or path.exists():
+        raise bad(f"{path}", f"a new file that ends in {suffix}", "one that exists" if path.exists() else path)
 
 
 def _check(name: str, known: set[str]) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import tyro
 
 from ..errors import bad
-from .options import parse, read_recipe
+from .options import check_new_file, parse, read_recipe
 
 
 @dataclass(frozen=True)
@@ -34,8 +34,8 @@ def run_reach(argv: list[str]) -> int:
     """Tell whether a base can do what demonstrations show."""
     args, rest = parse(ReachArgs, argv, "reach")
     recipe = read_recipe(args.recipe, rest)
-    if args.out and (args.out.suffix != ".json" or args.out.exists()):
-        raise bad(f"{args.out}", "a new file that ends in .json", "one that exists" if args.out.exists() else args.out)
+    if args.out:
+        check_new_file(args.out, ".json")
     if args.episodes < 1:
         raise bad("reach --episodes", "1 or more", args.episodes)
     import itertools
